@@ -1,0 +1,111 @@
+"""Forward-only migrations: procrastinate's own, from the installed package, then ours.
+
+The ledger is the Supabase CLI's, so ``pgscribe migrate`` and ``supabase db push`` (over the
+files that :func:`export` writes) are interchangeable.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import psycopg
+
+from db import named_queries
+
+_HERE = Path(__file__).parent
+_QUERIES = named_queries.load(_HERE / "migrate.sql")
+_OWN_FILE = re.compile(r"(\d{14})_(\w+)\.sql")
+_PROCRASTINATE_FILE = re.compile(r"(\d\d)\.(\d\d)\.(\d\d)_(\d\d)_(\w+)\.sql")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Migration:
+    """One file of SQL, applied in one transaction. ``version`` has 14 digits and orders them."""
+
+    version: str
+    name: str
+    sql: str
+
+    @property
+    def filename(self) -> str:
+        """The file's name as the Supabase CLI wants it."""
+        return f"{self.version}_{self.name}.sql"
+
+
+def migrations() -> list[Migration]:
+    """Return every migration that this version of pgscribe knows, in order."""
+    return sorted([*_procrastinate_migrations(), *_own_migrations()])
+
+
+def _own_migrations() -> Iterator[Migration]:
+    for path in (_HERE / "migrations").glob("*.sql"):
+        match = _OWN_FILE.fullmatch(path.name)
+        if match is None:
+            raise ValueError(f"db/migrations/{path.name}: name it <14 digits>_<name>.sql")
+        yield Migration(match[1], match[2], path.read_text(encoding="utf-8"))
+
+
+def _procrastinate_migrations() -> Iterator[Migration]:
+    before = (_HERE / "procrastinate_before.sql").read_text(encoding="utf-8")
+    after = (_HERE / "procrastinate_after.sql").read_text(encoding="utf-8")
+    for resource in resources.files("procrastinate.sql.migrations").iterdir():
+        match = _PROCRASTINATE_FILE.fullmatch(resource.name)
+        if match is None:
+            continue
+        # Procrastinate's 03.04.00_01 becomes 20000304000100: unmistakable, and older than ours.
+        version = "2000" + "".join(match.groups()[:4]) + "00"
+        sql = f"{before}\n{resource.read_text(encoding='utf-8')}\n;{after}"
+        yield Migration(version, f"procrastinate_{match[5]}", sql)
+
+
+def pending(conn: psycopg.Connection) -> list[Migration]:
+    """Return the migrations that ``conn``'s database lacks, in order."""
+    row = conn.execute(_QUERIES["ledger_exists"]).fetchone()
+    if row is None or not row[0]:
+        return migrations()
+    applied = {version for (version,) in conn.execute(_QUERIES["applied_versions"])}
+    return [migration for migration in migrations() if migration.version not in applied]
+
+
+def migrate(url: str, on_applied: Callable[[Migration], None] = lambda _: None) -> int:
+    """Apply what is missing in the database at ``url`` and return how many that were.
+
+    Each migration and its ledger entry commit together. Several processes may do this at once:
+    an advisory lock, held for one transaction so that a transaction-mode pooler is no hindrance,
+    lets one of them apply each migration.
+    """
+    applied = 0
+    with psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+        with conn.transaction():
+            conn.execute(_QUERIES["lock"])
+            conn.execute(_QUERIES["create_ledger"])
+        for migration in pending(conn):
+            if _apply(conn, migration):
+                applied += 1
+                on_applied(migration)
+    return applied
+
+
+def _apply(conn: psycopg.Connection, migration: Migration) -> bool:
+    with conn.transaction():
+        conn.execute(_QUERIES["lock"])
+        row = conn.execute(_QUERIES["is_applied"], {"version": migration.version}).fetchone()
+        if row is not None and row[0]:
+            return False
+        conn.execute(migration.sql.encode())
+        conn.execute(
+            _QUERIES["record"],
+            {"version": migration.version, "name": migration.name, "sql": migration.sql},
+        )
+    return True
+
+
+def export(directory: Path) -> list[Path]:
+    """Write every migration into ``directory`` for ``supabase db push``; return the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / migration.filename for migration in migrations()]
+    for path, migration in zip(paths, migrations(), strict=True):
+        path.write_text(migration.sql, encoding="utf-8")
+    return paths

@@ -1,0 +1,168 @@
+"""Migrations: forward only, each in a transaction, one at a time, shared with the Supabase CLI."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg
+import pytest
+from procrastinate import schema
+
+from db import migrate, named_queries
+from db.embedded import EmbeddedPostgres
+
+SUPABASE = shutil.which("supabase")
+
+
+@pytest.fixture
+def empty(postgres: EmbeddedPostgres, database_names: Iterator[str]) -> Iterator[str]:
+    """A database like a new Supabase project's."""
+    name = next(database_names)
+    postgres.create_database(name)
+    postgres.bootstrap(name)
+    yield postgres.url(database=name)
+    postgres.drop_database(name)
+
+
+def ledger(url: str) -> list[str]:
+    with psycopg.connect(url) as conn:
+        rows = conn.execute("select version from supabase_migrations.schema_migrations order by 1")
+        return [version for (version,) in rows]
+
+
+def shape(url: str, schema_name: str) -> set[tuple[object, ...]]:
+    """Columns, functions, triggers and indexes of a schema."""
+    with psycopg.connect(url) as conn:
+        return set(
+            conn.execute(
+                """
+                select 'column', table_name, column_name, data_type from information_schema.columns
+                 where table_schema = %(schema)s
+                union all
+                select 'function', p.oid::regprocedure::text, md5(prosrc), '' from pg_proc p
+                 where pronamespace = %(schema)s::regnamespace
+                union all
+                select 'index', indexname, replace(indexdef, %(schema)s || '.', ''), ''
+                  from pg_indexes where schemaname = %(schema)s
+                """,
+                {"schema": schema_name},
+            ).fetchall()
+        )
+
+
+def test_everything_is_applied_once_as_a_mere_owner(empty: str) -> None:
+    applied: list[migrate.Migration] = []
+    assert migrate.migrate(empty, applied.append) == len(migrate.migrations())
+    assert applied == migrate.migrations()
+    assert ledger(empty) == [migration.version for migration in applied]
+    assert migrate.migrate(empty) == 0
+    with psycopg.connect(empty) as conn:
+        assert migrate.pending(conn) == []
+        row = conn.execute("select rolsuper from pg_roles where rolname = current_user").fetchone()
+        assert row == (False,)
+
+
+def test_several_processes_migrate_one_database(empty: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(migrate.migrate, [empty] * 4))
+    assert sum(counts) == len(migrate.migrations())
+    assert len(ledger(empty)) == sum(counts)
+
+
+def test_a_broken_migration_leaves_nothing_and_the_next_run_goes_on(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = migrate.Migration("29990101000000", "broken", "create table half (); select 1 / 0;")
+    whole = migrate.migrations()
+    monkeypatch.setattr(migrate, "migrations", lambda: [*whole, broken])
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        migrate.migrate(empty)
+    with psycopg.connect(empty) as conn:
+        assert migrate.pending(conn) == [broken]
+        assert conn.execute("select to_regclass('half')").fetchone() == (None,)
+    monkeypatch.setattr(migrate, "migrations", lambda: whole)
+    assert migrate.migrate(empty) == 0
+
+
+def test_the_queue_is_what_procrastinate_would_have_made(
+    database: str, postgres: EmbeddedPostgres, database_names: Iterator[str]
+) -> None:
+    name = next(database_names)
+    postgres.create_database(name)
+    plain = postgres.url(database=name)
+    with psycopg.connect(plain) as conn:
+        conn.execute("create schema procrastinate; set search_path = procrastinate")
+        conn.execute(schema.SchemaManager.get_schema().encode())
+    ours, theirs = shape(database, "procrastinate"), shape(plain, "procrastinate")
+    assert {row for row in ours if not str(row[1]).startswith("pgscribe_")} == theirs
+    postgres.drop_database(name)
+
+
+def test_procrastinates_functions_work_from_any_session(conn: psycopg.Connection) -> None:
+    rows = conn.execute(
+        "select oid::regprocedure from pg_proc"
+        " where pronamespace = 'procrastinate'::regnamespace and proconfig is null"
+    ).fetchall()
+    assert rows == []
+    row = conn.execute(
+        "select procrastinate.procrastinate_defer_jobs_v1(array[row('q', 't', 0, null, null, '{}',"
+        " null)::procrastinate.procrastinate_job_to_defer_v1])"
+    ).fetchone()
+    assert row == ([1],)
+
+
+def test_versions_are_unique_and_ours_come_last() -> None:
+    versions = [migration.version for migration in migrate.migrations()]
+    assert len(set(versions)) == len(versions)
+    assert all(len(version) == 14 and version.isdigit() for version in versions)
+    assert migrate.migrations()[-1].name == "processing_jobs"
+
+
+def test_everything_carries_a_comment(conn: psycopg.Connection) -> None:
+    row = conn.execute(
+        "select array_agg(attname) from pg_attribute"
+        " where attrelid = 'processing_jobs'::regclass and attnum > 0"
+        " and col_description(attrelid, attnum) is null"
+    ).fetchone()
+    assert row == (None,)
+
+
+@pytest.mark.skipif(SUPABASE is None, reason="needs the `supabase` CLI on PATH (npm: supabase)")
+def test_supabase_db_push_and_pgscribe_migrate_are_interchangeable(
+    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrate.export(tmp_path / "supabase" / "migrations")
+    url = f"{empty}?sslmode=disable"
+
+    def supabase(*arguments: str) -> str:
+        return subprocess.run(
+            [str(SUPABASE), *arguments, f"--remote={url}"],
+            cwd=tmp_path,
+            env=os.environ | {"SUPABASE_TELEMETRY_DISABLED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        ).stdout
+
+    with monkeypatch.context() as patch:  # half by us, half by the CLI
+        half = migrate.migrations()[:20]
+        patch.setattr(migrate, "migrations", lambda: half)
+        assert migrate.migrate(empty) == len(half)
+    assert "Finished" in supabase("db", "push", "--yes", "--skip-vault")
+    assert migrate.migrate(empty) == 0
+    assert ledger(empty) == [migration.version for migration in migrate.migrations()]
+    assert "No issues found" in supabase("db", "advisors", "--level", "warn", "--fail-on", "warn")
+
+
+def test_a_query_file_must_not_use_a_name_twice(tmp_path: Path) -> None:
+    path = tmp_path / "twice.sql"
+    path.write_text("-- About.\n\n-- a --\nselect 1\n\n-- b --\nselect 2\n")
+    assert named_queries.load(path) == {"a": b"select 1", "b": b"select 2"}
+    path.write_text("-- a --\nselect 1\n-- a --\nselect 2\n")
+    with pytest.raises(ValueError, match="two queries of one name"):
+        named_queries.load(path)

@@ -1,0 +1,145 @@
+"""Invariant 2: a job's status is what its queue job says, and nothing else can say otherwise."""
+
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+
+@pytest.fixture
+def job(conn: psycopg.Connection, user: UUID) -> UUID:
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, 'a/b') returning id", (user,)
+    ).fetchone()
+    assert row is not None
+    job_id: UUID = row[0]
+    return job_id
+
+
+def set_queue_status(conn: psycopg.Connection, status: str) -> None:
+    conn.execute("update procrastinate.procrastinate_jobs set status = %s", (status,))
+
+
+def read(conn: psycopg.Connection, columns: str) -> tuple[object, ...]:
+    row = conn.execute(f"select {columns} from processing_jobs".encode()).fetchone()
+    assert row is not None
+    return tuple(row)
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        (["doing"], "processing"),
+        (["doing", "todo"], "queued"),
+        (["doing", "failed"], "failed"),
+        (["doing", "failed", "todo"], "queued"),
+        (["cancelled"], "cancelled"),
+        (["doing", "aborted"], "cancelled"),
+    ],
+)
+def test_status_follows_the_queue(conn: psycopg.Connection, path: list[str], status: str) -> None:
+    for step in path:
+        set_queue_status(conn, step)
+    ended = status in {"failed", "cancelled"}
+    assert read(conn, "status, completed_at is not null") == (status, ended)
+
+
+@pytest.mark.usefixtures("job")
+def test_an_attempt_counts_from_its_claim(conn: psycopg.Connection) -> None:
+    assert read(conn, "attempt, started_at") == (0, None)
+    for step in ("doing", "todo", "doing"):
+        set_queue_status(conn, step)
+    assert read(conn, "attempt, started_at is not null, progress") == (2, True, 0)
+
+
+@pytest.mark.usefixtures("job")
+def test_completed_always_has_a_result(conn: psycopg.Connection) -> None:
+    set_queue_status(conn, "doing")
+    with pytest.raises(psycopg.errors.CheckViolation, match="completed_has_a_result"):
+        set_queue_status(conn, "succeeded")
+    assert read(conn, "status") == ("processing",)
+    conn.execute(
+        "update processing_jobs set result = %s, error_code = 'x', error = 'earlier attempt'",
+        (Jsonb({"text": "hello"}),),
+    )
+    set_queue_status(conn, "succeeded")
+    assert read(conn, "status, progress, error_code, error") == ("completed", 1, None, None)
+
+
+@pytest.mark.usefixtures("job")
+def test_failed_always_has_a_reason(conn: psycopg.Connection) -> None:
+    set_queue_status(conn, "doing")
+    set_queue_status(conn, "failed")
+    assert read(conn, "status, error_code") == ("failed", "internal_error")
+    assert read(conn, "error is not null") == (True,)
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize("status", ["processing", "completed", "failed", "cancelled"])
+def test_nobody_writes_status_by_hand(conn: psycopg.Connection, status: str) -> None:
+    conn.execute("update processing_jobs set result = '{}', error = 'x', error_code = 'x'")
+    with pytest.raises(psycopg.errors.CheckViolation, match='which says "queued"') as caught:
+        conn.execute("update processing_jobs set status = %s", (status,))
+    assert caught.value.diag.column_name == "status"
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(
+    "change",
+    [
+        "id = gen_random_uuid()",
+        "file_path = 'other/file'",
+        """options = '{"model": "tiny"}'""",
+        "created_at = now() - interval '1 day'",
+        "job_id = '999'",
+        "job_id = null",
+    ],
+)
+def test_what_a_job_is_never_changes(conn: psycopg.Connection, change: str) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation):
+        conn.execute(f"update processing_jobs set {change}".encode())
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize("status", ["todo", "doing"])
+def test_a_deleted_queue_job_cancels_its_job(conn: psycopg.Connection, status: str) -> None:
+    set_queue_status(conn, status)
+    conn.execute("delete from procrastinate.procrastinate_jobs")
+    assert read(conn, "status, error_code") == ("cancelled", "queue_job_deleted")
+
+
+@pytest.mark.usefixtures("job")
+def test_deleting_old_queue_jobs_leaves_ended_jobs_alone(conn: psycopg.Connection) -> None:
+    set_queue_status(conn, "doing")
+    set_queue_status(conn, "failed")
+    before = read(conn, "status, error_code, updated_at")
+    conn.execute("delete from procrastinate.procrastinate_jobs")
+    assert read(conn, "status, error_code, updated_at") == before
+
+
+def test_a_strangers_queue_job_cannot_block_the_queue(conn: psycopg.Connection) -> None:
+    """A queue job of another task, or with broken arguments, is none of our business."""
+    conn.execute(
+        "insert into procrastinate.procrastinate_jobs (queue_name, task_name, args)"
+        """ values ('transcription', 'transcribe', '{"processing_job_id": "no uuid"}')"""
+    )
+    set_queue_status(conn, "doing")
+    row = conn.execute("select status::text from procrastinate.procrastinate_jobs").fetchone()
+    assert row == ("doing",)
+
+
+def test_only_the_holder_of_a_job_gets_past_the_fence(conn: psycopg.Connection, job: UUID) -> None:
+    worker = conn.execute("select * from procrastinate.procrastinate_register_worker_v1()")
+    row = worker.fetchone()
+    assert row is not None
+    conn.execute("select procrastinate.procrastinate_fetch_job_v2(null, %s)", row)
+    held = "select count(*) from pgscribe.lock_held_job(%s, %s, %s)"
+    (queue_job,) = read(conn, "job_id::bigint")
+    assert conn.execute(held, (queue_job, row[0], 0)).fetchone() == (1,)
+    assert conn.execute(held, (queue_job, row[0] + 1, 0)).fetchone() == (0,)
+    assert conn.execute(held, (queue_job, row[0], 1)).fetchone() == (0,)
+    set_queue_status(conn, "failed")
+    assert conn.execute(held, (queue_job, row[0], 0)).fetchone() == (0,)
+    assert job

@@ -1,0 +1,135 @@
+"""Invariant 6: the database decides who sees and who writes what."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import psycopg
+import pytest
+
+MakeUser = Callable[[], UUID]
+
+INSERT = b"insert into processing_jobs (user_id, file_path) values (%s, %s)"
+
+
+@contextmanager
+def acting_as(conn: psycopg.Connection, user: UUID, role: str = "authenticated") -> Iterator[None]:
+    with conn.transaction():
+        conn.execute(
+            "select set_config('role', %s, true), set_config('request.jwt.claims', %s, true)",
+            (role, json.dumps({"sub": str(user), "role": role})),
+        )
+        yield
+
+
+@pytest.fixture
+def other(make_user: MakeUser) -> UUID:
+    return make_user()
+
+
+@pytest.fixture
+def their_job(conn: psycopg.Connection, other: UUID) -> UUID:
+    conn.execute(INSERT, (other, f"{other}/secret.mp3"))
+    row = conn.execute("select id from processing_jobs").fetchone()
+    assert row is not None
+    job_id: UUID = row[0]
+    return job_id
+
+
+def test_owners_insert_and_see_their_own(conn: psycopg.Connection, user: UUID) -> None:
+    with acting_as(conn, user):
+        conn.execute("insert into processing_jobs (file_path) values (%s)", (f"{user}/a.mp3",))
+        row = conn.execute("select user_id, status, job_id from processing_jobs").fetchone()
+    assert row is not None
+    assert row[:2] == (user, "queued")
+    assert row[2] is not None
+
+
+@pytest.mark.usefixtures("their_job")
+def test_owners_do_not_see_others_jobs(conn: psycopg.Connection, user: UUID) -> None:
+    with acting_as(conn, user):
+        assert conn.execute("select * from processing_jobs").fetchall() == []
+
+
+def test_owners_insert_for_nobody_else(conn: psycopg.Connection, user: UUID, other: UUID) -> None:
+    with (
+        pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"),
+        acting_as(conn, user),
+    ):
+        conn.execute(INSERT, (other, f"{user}/a.mp3"))
+
+
+@pytest.mark.parametrize("template", ["{other}/secret.mp3", "shared/a.mp3", "{user}", "{user}x/a"])
+def test_owners_insert_audio_of_their_own_folder_only(
+    conn: psycopg.Connection, user: UUID, other: UUID, template: str
+) -> None:
+    path = template.format(user=user, other=other)
+    if path == str(user):  # the folder itself: theirs, and found missing when the job runs
+        with acting_as(conn, user):
+            assert conn.execute(INSERT, (user, path)).rowcount == 1
+        return
+    with (
+        pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"),
+        acting_as(conn, user),
+    ):
+        conn.execute(INSERT, (user, path))
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["id", "created_at", "status", "result", "job_id", "progress", "error", "completed_at"],
+)
+def test_owners_never_write_what_is_not_theirs(
+    conn: psycopg.Connection, user: UUID, column: str
+) -> None:
+    query = f"insert into processing_jobs (file_path, {column}) values ('a/b', null)"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), acting_as(conn, user):
+        conn.execute(query.encode())
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update processing_jobs set options = '{}'",
+        "delete from processing_jobs",
+        "truncate processing_jobs",
+        "select * from procrastinate.procrastinate_jobs",
+        "select procrastinate.procrastinate_fetch_job_v2(null, 1)",
+        "select * from pgscribe.lock_held_job(1, 1, 1)",
+        "select pgscribe.job_status('todo')",
+        "create trigger t before insert on processing_jobs execute function pgscribe.x()",
+    ],
+)
+def test_api_roles_reach_nothing_else(
+    conn: psycopg.Connection, user: UUID, role: str, statement: str
+) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), acting_as(conn, user, role):
+        conn.execute(statement.encode())
+
+
+def test_anonymous_visitors_have_no_access(conn: psycopg.Connection, user: UUID) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), acting_as(conn, user, "anon"):
+        conn.execute("select * from processing_jobs")
+
+
+def test_services_insert_for_users_but_write_no_status(
+    conn: psycopg.Connection, user: UUID
+) -> None:
+    with acting_as(conn, user, "service_role"):
+        assert conn.execute(INSERT, (user, "shared/announcement.mp3")).rowcount == 1
+    with (
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+        acting_as(conn, user, "service_role"),
+    ):
+        conn.execute("update processing_jobs set status = 'completed'")
+
+
+def test_the_connection_is_itself_again_after_a_transaction_as_a_user(
+    conn: psycopg.Connection, user: UUID
+) -> None:
+    with acting_as(conn, user):
+        pass
+    row = conn.execute("select current_user, auth.uid()").fetchone()
+    assert row == ("postgres", None)
