@@ -1,0 +1,315 @@
+"""The ``pgscribe`` command."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import click
+
+from jobs import __version__
+from jobs.errors import PgscribeError
+
+HOME = Path(".pgscribe")
+
+
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Show known errors as one plain message, without a stack."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PgscribeError as exc:
+            raise click.ClickException(str(exc)) from exc
+        except Exception as exc:
+            psycopg = sys.modules.get("psycopg")  # imported only by what uses the database
+            if psycopg is None or not isinstance(exc, psycopg.OperationalError):
+                raise
+            raise click.ClickException(f"The database is out of reach: {exc}") from exc
+
+    return wrapped
+
+
+def _setup_logging() -> None:
+    import logging
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+
+def _stop_with_stdin() -> None:
+    """End this process as SIGTERM would, once whoever started it is gone."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+stop_with_stdin = click.option(
+    "--stop-with-stdin", is_flag=True, hidden=True, help="Stop when standard input ends."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="pgscribe")
+def main() -> None:
+    r"""Transcription jobs in the Postgres you already have.
+
+    \b
+    Try it, with nothing but this machine:
+      pgscribe dev                     everything embedded; prints a URL and a token
+      pgscribe transcribe talk.mp3     in another terminal: upload, wait, print the text
+
+    \b
+    Run it for real (settings: PGSCRIBE_DATABASE_URL, PGSCRIBE_JWT_SECRET, … or a .env file):
+      pgscribe migrate                 prepare the database
+      pgscribe web                     the REST API
+      pgscribe worker                  as many as you like
+    """
+
+
+@main.command()
+@click.option("--port", default=8000, show_default=True, help="Another one if it is taken.")
+@_friendly
+def dev(port: int) -> None:
+    """Run everything on this machine and stay up until Ctrl-C.
+
+    Postgres, web server and worker are started together; their data lies under .pgscribe/.
+    While it runs, the other commands in this folder work on it.
+    """
+    import shutil
+    import time
+
+    from jobs.dev import USER_ID, Embedded, exit_on_signals
+
+    exit_on_signals()
+    program = "pgscribe" if shutil.which("pgscribe") else os.path.relpath(sys.argv[0])
+    try:
+        with Embedded(HOME, port=port) as embedded:
+            click.echo(
+                f"\npgscribe is up.\n"
+                f"  REST API   {embedded.url}\n"
+                f"  database   {embedded.postgres.url()}\n"
+                f"  user       {USER_ID}\n"
+                f"  token      {embedded.token}\n"
+                f"Try: {program} transcribe examples/sample.mp3      Stop: Ctrl-C\n"
+            )
+            while True:
+                embedded.check()
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        click.echo("Stopped.")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@stop_with_stdin
+@_friendly
+def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
+    """Serve the REST API."""
+    import uvicorn
+
+    from jobs.settings import Settings
+    from web.app import create_app
+
+    _setup_logging()
+    if stop_with_stdin:
+        _stop_with_stdin()
+    uvicorn.run(
+        create_app(Settings.load()),
+        host=host,
+        port=port,
+        log_config=None,
+        timeout_graceful_shutdown=5,
+    )
+
+
+@main.command()
+@click.option(
+    "--concurrency", type=click.IntRange(1), help="Jobs at a time [PGSCRIBE_WORKER_CONCURRENCY]."
+)
+@stop_with_stdin
+@_friendly
+def worker(*, concurrency: int | None, stop_with_stdin: bool) -> None:
+    """Run jobs as they come in, woken by LISTEN/NOTIFY.
+
+    On SIGTERM or Ctrl-C it takes no more jobs, lets the running ones finish for
+    PGSCRIBE_SHUTDOWN_TIMEOUT seconds and puts the rest back into the queue.
+    """
+    import asyncio
+
+    from jobs.settings import Settings
+    from jobs.worker import run_until_signalled
+
+    _setup_logging()
+    overrides = {} if concurrency is None else {"worker_concurrency": concurrency}
+    settings = Settings.load(**overrides)
+    if stop_with_stdin:
+        _stop_with_stdin()
+    asyncio.run(run_until_signalled(settings))
+
+
+@main.command()
+@click.option("--status", is_flag=True, help="Only say what is missing; exit status 1 if anything.")
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the files for `supabase db push`, usually to supabase/migrations.",
+)
+@_friendly
+def migrate(*, status: bool, export: Path | None) -> None:
+    """Bring the database up to date: procrastinate's migrations, then pgscribe's.
+
+    The ledger is the Supabase CLI's, so `supabase db push` over the exported files does the same.
+    """
+    import psycopg
+
+    from db import migrate as runner
+    from jobs.settings import Settings
+
+    if export is not None:
+        click.echo(f"{len(runner.export(export))} files written to {export}")
+        return
+    url = Settings.load().database_url.get_secret_value()
+    if status:
+        with psycopg.connect(url, autocommit=True) as conn:
+            missing = runner.pending(conn)
+        for migration in missing:
+            click.echo(f"missing  {migration.filename}")
+        click.echo(f"{len(missing)} of {len(runner.migrations())} migrations are missing")
+        sys.exit(bool(missing))
+    count = runner.migrate(url, lambda migration: click.echo(f"applied  {migration.filename}"))
+    click.echo(f"Up to date; {count} applied now")
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, False)}
+
+
+@main.command()
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--model", help="tiny, base, small, medium, large, turbo, … [default: base]")
+@click.option("--language", help="Language spoken, such as en [default: detected]")
+@click.option("--translate", is_flag=True, help="Translate into English.")
+@click.option("--word-timestamps", is_flag=True, help="Times for each word (in json).")
+@click.option("--initial-prompt", help="Names and words to expect.")
+@click.option(
+    "--format",
+    "output",
+    type=click.Choice(["text", "timestamps", "json"]),
+    default="text",
+    show_default=True,
+)
+@_friendly
+def transcribe(  # noqa: PLR0913 - one argument per option
+    *,
+    files: tuple[Path, ...],
+    model: str | None,
+    language: str | None,
+    translate: bool,
+    word_timestamps: bool,
+    initial_prompt: str | None,
+    output: str,
+) -> None:
+    r"""Upload FILES to a pgscribe server, wait and print their transcripts.
+
+    \b
+    The server is the one that runs with `pgscribe dev` in this folder, or PGSCRIBE_URL with
+    PGSCRIBE_TOKEN. Exit status 1 if any file failed.
+      pgscribe transcribe talk.mp3
+      pgscribe transcribe --format timestamps --language de *.m4a > all.txt
+    """
+    from jobs import terminal
+    from jobs.client import Client
+    from jobs.models import Transcript
+    from jobs.settings import ClientSettings
+
+    options = _options(
+        model=model,
+        language=language,
+        task="translate" if translate else None,
+        word_timestamps=word_timestamps,
+        initial_prompt=initial_prompt,
+    )
+    settings = ClientSettings.load()
+    failed = False
+    with Client(settings.url, settings.token.get_secret_value()) as client:
+        submitted = [(file, client.process(client.upload(file), options)) for file in files]
+        for file, job_id in submitted:
+            with terminal.progress(file.name) as on_change:
+                job = client.wait(job_id, on_change)
+            if job.result is None:
+                failed = True
+                click.echo(f"{file.name}: {job.status}: {job.error}", err=True)
+            elif output == "json":
+                click.echo(json.dumps({"file": file.name, **job.result}, ensure_ascii=False))
+            else:
+                transcript = Transcript.from_dict(job.result)
+                text = terminal.lines(transcript) if output == "timestamps" else [transcript.text]
+                click.echo("\n".join(text))
+    sys.exit(failed)
+
+
+@main.command("jobs")
+@click.argument("job_id", required=False, type=click.UUID)
+@click.option("--status", help="Only jobs with this status.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000))
+@_friendly
+def show_jobs(*, job_id: UUID | None, status: str | None, limit: int) -> None:
+    """List every owner's newest jobs, or show one as JSON (for operators: uses the database)."""
+    import asyncio
+
+    import psycopg
+
+    from jobs import service, terminal
+    from jobs.models import JobStatus
+    from jobs.settings import Settings
+
+    wanted = JobStatus.parse(status) if status else None
+    url = Settings.load().database_url.get_secret_value()
+
+    async def show() -> None:
+        async with await psycopg.AsyncConnection.connect(url) as conn:
+            if job_id is not None:
+                click.echo((await service.get(conn, job_id)).model_dump_json(indent=2))
+                return
+            for job in await service.list_jobs(conn, status=wanted, limit=limit):
+                click.echo(terminal.summary(job))
+
+    asyncio.run(show())
+
+
+@main.command()
+@click.option("--user", "user_id", required=True, type=click.UUID, help="Id in auth.users.")
+@click.option(
+    "--lifetime", default=3600, show_default=True, type=click.IntRange(1), help="Seconds."
+)
+@_friendly
+def token(user_id: UUID, lifetime: int) -> None:
+    r"""Print a token for a user, signed with PGSCRIBE_JWT_SECRET.
+
+    \b
+      curl -H "Authorization: Bearer $(pgscribe token --user $USER_ID)" localhost:8000/jobs
+    """
+    from jobs.settings import TokenSettings
+    from web.auth import issue_token
+
+    click.echo(issue_token(TokenSettings.load(), user_id, lifetime=lifetime))
+
+
+if __name__ == "__main__":
+    main()

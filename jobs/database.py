@@ -1,0 +1,50 @@
+"""Connections to Postgres: pools, and transactions that run as a given user."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from jobs.settings import Settings
+from jobs.sql import SESSIONS
+
+CONNECTION_TIMEOUT = 10.0  # seconds to wait for a connection from a pool
+
+Pool = AsyncConnectionPool[psycopg.AsyncConnection[tuple[Any, ...]]]
+
+
+async def _use_queue_schema(conn: psycopg.AsyncConnection[Any]) -> None:
+    await conn.set_autocommit(True)
+    await conn.execute(SESSIONS["use_queue_schema"])
+
+
+def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool:
+    """Return a pool that is not open yet. ``for_queue``: procrastinate works on it.
+
+    A connection that the database has closed is replaced when it is asked for. Prepared
+    statements are off, so that a transaction-mode pooler can't break a query.
+    """
+    return AsyncConnectionPool(
+        settings.database_url.get_secret_value(),
+        kwargs={"application_name": f"pgscribe {name}", "prepare_threshold": None},
+        min_size=1,
+        max_size=settings.database_pool_size,
+        timeout=CONNECTION_TIMEOUT,
+        name=name,
+        open=False,
+        check=AsyncConnectionPool.check_connection,
+        configure=_use_queue_schema if for_queue else None,
+    )
+
+
+@asynccontextmanager
+async def as_user(
+    pool: Pool, claims: Mapping[str, Any]
+) -> AsyncIterator[psycopg.AsyncConnection[tuple[Any, ...]]]:
+    """Run a transaction as the user of a verified token's ``claims``, under row level security."""
+    async with pool.connection() as conn, conn.transaction():
+        await conn.execute(SESSIONS["act_as_user"], {"claims": json.dumps(dict(claims))})
+        yield conn

@@ -1,0 +1,211 @@
+"""Everything on this machine: embedded Postgres, web server and worker, one start and stop."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Self
+from uuid import UUID
+
+import httpx2
+import psycopg
+
+from db import migrate
+from db.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from jobs.errors import PgscribeError
+from jobs.settings import Settings
+from jobs.sql import DEV
+from web.auth import issue_token
+
+USER_ID = UUID("00000000-0000-4000-8000-000000000001")
+USER_EMAIL = "dev@pgscribe.local"
+TOKEN_LIFETIME = 7 * 24 * 3600  # seconds
+START_TIMEOUT = 60  # seconds
+STOP_TIMEOUT = 20  # seconds, then a process is killed
+
+
+class StartFailed(PgscribeError):
+    """A part of the embedded environment did not start; the message says where its log is."""
+
+    code = "start_failed"
+
+
+def free_port(wanted: int = 0) -> int:
+    """Return ``wanted`` if nothing listens there on loopback, else any free port."""
+    for port in (wanted, 0):
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            candidate.bind(("127.0.0.1", port))
+            number: int = candidate.getsockname()[1]
+            return number
+    raise StartFailed("No free port on loopback")
+
+
+class Embedded:
+    """The embedded environment under ``home``. Use as a context manager.
+
+    What it starts ends with it, also when this process is killed: each child watches a pipe.
+    ``quiet`` sends the children's logs to files under ``home`` instead of the terminal.
+    """
+
+    def __init__(self, home: Path, *, port: int = 0, quiet: bool = False) -> None:
+        self._home = home
+        self._port = free_port(port)
+        self._quiet = quiet
+        self._stack = ExitStack()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.postgres = EmbeddedPostgres(home / "postgres")
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the web server and the worker run with."""
+        return Settings.load(
+            database_url=self.postgres.url(),
+            jwt_secret=self._jwt_secret(),
+            storage_dir=self._home / "storage",
+            models_dir=self._home / "models",
+        )
+
+    @property
+    def token(self) -> str:
+        """A token of the development user."""
+        return issue_token(self.settings, USER_ID, lifetime=TOKEN_LIFETIME, email=USER_EMAIL)
+
+    def _jwt_secret(self) -> str:
+        path = self._home / "jwt-secret"
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_text(encoding="ascii")
+        _write_secret(path, secrets.token_hex(32))
+        return path.read_text(encoding="ascii")
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._start_postgres(stack)
+            migrate.migrate(self.postgres.url())
+            with psycopg.connect(self.postgres.url()) as conn:
+                conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
+            stack.enter_context(self._child("web", "--port", str(self._port)))
+            stack.enter_context(self._child("worker"))
+            self._wait_for_web()
+            stack.enter_context(self._environment_file())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with _undisturbed():
+            self._stack.close()
+
+    def _start_postgres(self, stack: ExitStack) -> None:
+        try:
+            stack.enter_context(self.postgres)
+        except EmbeddedPostgresError as exc:
+            raise StartFailed(str(exc)) from exc
+
+    def _environment(self) -> dict[str, str]:
+        settings = self.settings
+        return {
+            "PGSCRIBE_DATABASE_URL": settings.database_url.get_secret_value(),
+            "PGSCRIBE_JWT_SECRET": settings.require_jwt_secret(),
+            "PGSCRIBE_STORAGE_DIR": str(settings.storage_dir.resolve()),
+            "PGSCRIBE_MODELS_DIR": str(settings.models_dir.resolve()),
+        }
+
+    @contextlib.contextmanager
+    def _environment_file(self) -> Iterator[None]:
+        """Let other ``pgscribe`` commands in this folder find the running environment."""
+        path = self._home / "dev.env"
+        values = self._environment() | {"PGSCRIBE_URL": self.url, "PGSCRIBE_TOKEN": self.token}
+        _write_secret(path, "".join(f"{name}='{value}'\n" for name, value in values.items()))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _child(self, name: str, *arguments: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            output: IO[bytes] | None = None
+            if self._quiet:
+                output = stack.enter_context((self._home / f"{name}.log").open("wb"))
+            child = subprocess.Popen(
+                [sys.executable, "-m", "jobs.cli", name, "--stop-with-stdin", *arguments],
+                env=os.environ | self._environment(),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is for this process, which stops them in order
+            )
+            self.children[name] = child
+            try:
+                yield
+            finally:
+                _stop(child)
+
+    def _wait_for_web(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            self.check()
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{self.url}/healthz").is_success:
+                    return
+            time.sleep(0.05)
+        raise StartFailed(f"The web server did not answer within {START_TIMEOUT} s")
+
+    def check(self) -> None:
+        """Raise ``StartFailed`` if a child has ended."""
+        for name, child in self.children.items():
+            if child.poll() is not None:
+                log = f"see {self._home / name}.log" if self._quiet else "its log is above"
+                raise StartFailed(f"{name} ended with status {child.returncode}; {log}")
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second Ctrl-C not break off the clean-up."""
+    numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP into ``SystemExit``, so that context managers clean up."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)

@@ -1,0 +1,98 @@
+"""Every error of pgscribe: one root, each with a stable code and a message for people."""
+
+
+class PgscribeError(Exception):
+    """Something went wrong inside pgscribe; its log says what."""
+
+    code = "internal_error"
+    #: Whether another attempt at the same job may end better.
+    retryable = False
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.__doc__)
+
+
+class SettingsError(PgscribeError):
+    """The settings are not usable."""
+
+    code = "invalid_settings"
+
+
+class InvalidInput(PgscribeError):
+    """The request is not usable. ``field`` names the part of it that is to blame."""
+
+    code = "invalid_input"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UploadTooLarge(PgscribeError):
+    """The upload is larger than the limit."""
+
+    code = "upload_too_large"
+
+
+class NotAuthenticated(PgscribeError):
+    """A valid bearer token is needed."""
+
+    code = "not_authenticated"
+
+
+class NotAllowed(PgscribeError):
+    """This user may not do that."""
+
+    code = "not_allowed"
+
+
+class JobNotFound(PgscribeError):
+    """There is no such job, or it is not yours."""
+
+    code = "job_not_found"
+
+
+class AudioNotFound(PgscribeError):
+    """There is no such file in storage."""
+
+    code = "file_not_found"
+
+
+class AttemptLost(PgscribeError):
+    """This attempt no longer holds its job, so it may not write to it."""
+
+    code = "attempt_lost"
+
+
+class TranscriptionFailed(PgscribeError):
+    """The transcription function reported an error: its code and message are passed on."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+class EngineCrashed(PgscribeError):
+    """The engine's process ended unexpectedly."""
+
+    code = "engine_crashed"
+    retryable = True
+
+
+class JobTimeout(PgscribeError):
+    """The transcription took longer than the limit."""
+
+    code = "timeout"
+
+
+class ServerUnreachable(PgscribeError):
+    """No pgscribe server answers at that URL."""
+
+    code = "server_unreachable"
+
+
+class RequestFailed(PgscribeError):
+    """The server refused a request; the message is its own."""
+
+    code = "request_failed"

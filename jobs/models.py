@@ -1,0 +1,73 @@
+"""What pgscribe speaks of. The transcript's shape belongs to the functions that produce it."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Self
+from uuid import UUID
+
+from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
+from pydantic import BaseModel, ConfigDict
+
+from jobs.errors import InvalidInput
+
+__all__ = [
+    "JobStatus",
+    "JobSummary",
+    "ProcessingJob",
+    "Segment",
+    "Transcript",
+    "TranscriptionOptions",
+    "Word",
+]
+
+
+class JobStatus(StrEnum):
+    """Status of a job, derived in the database from its queue job's."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @classmethod
+    def parse(cls, value: str) -> Self:
+        """Return the status of that name. Raises ``InvalidInput`` that names the known ones."""
+        try:
+            return cls(value)
+        except ValueError:
+            raise InvalidInput(f"status: must be one of {', '.join(cls)}", field="status") from None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job will not change any more."""
+        return self in {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
+
+
+class JobSummary(BaseModel):
+    """A row of ``public.processing_jobs`` without its result. Times are aware; seconds, floats."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: UUID
+    created_at: datetime
+    updated_at: datetime
+    scheduled_at: datetime | None
+    started_at: datetime | None
+    completed_at: datetime | None
+    user_id: UUID
+    job_id: str | None
+    file_path: str
+    options: dict[str, Any]
+    status: JobStatus
+    progress: float
+    attempt: int
+    audio_seconds: float | None
+    error_code: str | None
+    error: str | None
+
+
+class ProcessingJob(JobSummary):
+    """A whole row. ``result`` is a transcript's ``to_dict()`` once the job is completed."""
+
+    result: dict[str, Any] | None

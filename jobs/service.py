@@ -1,0 +1,69 @@
+"""What an owner can do with jobs. Every function runs on a connection that acts as that user."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import class_row, scalar_row
+from psycopg.types.json import Jsonb
+
+from jobs.errors import InvalidInput, JobNotFound, NotAllowed
+from jobs.models import JobStatus, JobSummary, ProcessingJob
+from jobs.sql import JOBS
+
+Connection = psycopg.AsyncConnection[Any]
+
+MAX_LIST = 100
+
+
+async def submit(
+    conn: Connection,
+    file_path: str,
+    options: dict[str, Any],
+    *,
+    scheduled_at: datetime | None = None,
+) -> UUID:
+    """Insert a job for audio at ``file_path`` and return its id; its queue job commits with it.
+
+    The database checks the input: ``InvalidInput`` names the field, ``NotAllowed`` says that the
+    path is not in the user's own folder.
+    """
+    values = {"file_path": file_path, "options": Jsonb(options), "scheduled_at": scheduled_at}
+    try:
+        async with conn.cursor(row_factory=scalar_row) as cursor:
+            await cursor.execute(JOBS["submit"], values)
+            job_id: UUID | None = await cursor.fetchone()
+    except psycopg.errors.CheckViolation as exc:
+        text = ". ".join(filter(None, (exc.diag.message_primary, exc.diag.message_hint)))
+        raise InvalidInput(text, field=exc.diag.column_name) from exc
+    except psycopg.errors.InsufficientPrivilege as exc:
+        raise NotAllowed(
+            "file_path: must lie in your own folder, <your user id>/…; "
+            "use the path that the upload returned"
+        ) from exc
+    except psycopg.errors.ForeignKeyViolation as exc:
+        raise NotAllowed("This token's user does not exist in auth.users.") from exc
+    except (psycopg.DataError, UnicodeEncodeError) as exc:  # a NUL, or half a surrogate pair
+        raise InvalidInput("The request holds a character that Postgres can't store") from exc
+    assert job_id is not None
+    return job_id
+
+
+async def get(conn: Connection, job_id: UUID) -> ProcessingJob:
+    """Return a job of the user's. Raises ``JobNotFound``, also when it is somebody else's."""
+    async with conn.cursor(row_factory=class_row(ProcessingJob)) as cursor:
+        await cursor.execute(JOBS["get"], {"id": job_id})
+        job = await cursor.fetchone()
+    if job is None:
+        raise JobNotFound
+    return job
+
+
+async def list_jobs(
+    conn: Connection, *, status: JobStatus | None = None, limit: int = 50
+) -> list[JobSummary]:
+    """Return the user's newest jobs, without results. ``limit`` is 1 to ``MAX_LIST``."""
+    async with conn.cursor(row_factory=class_row(JobSummary)) as cursor:
+        await cursor.execute(JOBS["list"], {"status": status, "limit": limit})
+        return await cursor.fetchall()

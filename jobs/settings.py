@@ -1,0 +1,94 @@
+"""Every setting, read from the environment (``PGSCRIBE_…``) or ``.env`` and checked at start."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from jobs.errors import SettingsError
+
+
+class _FromEnvironment(BaseSettings):
+    # dev.env is there while `pgscribe dev` runs in this folder; .env and the environment win.
+    model_config = SettingsConfigDict(
+        env_prefix="PGSCRIBE_", env_file=(".pgscribe/dev.env", ".env"), extra="ignore", frozen=True
+    )
+
+    @classmethod
+    def load(cls, **overrides: object) -> Self:
+        """Read the settings. Raises ``SettingsError`` that names each unusable variable."""
+        try:
+            return cls(**overrides)
+        except ValidationError as exc:
+            problems = [
+                f"PGSCRIBE_{'_'.join(str(part) for part in error['loc']).upper()}: {error['msg']}"
+                for error in exc.errors(include_input=False)
+            ]
+            raise SettingsError("Unusable settings:\n  " + "\n  ".join(problems)) from None
+
+
+class TokenSettings(_FromEnvironment):
+    """What it takes to sign and check tokens."""
+
+    jwt_secret: SecretStr | None = Field(
+        None, min_length=32, description="Secret that signs HS256 tokens, as Supabase shows it."
+    )
+    jwt_audience: str = Field("authenticated", description="Audience that a token must name.")
+    jwt_issuer: str | None = Field(None, description="Issuer that a token must name, if set.")
+
+    def require_jwt_secret(self) -> str:
+        """Return the token secret; raises ``SettingsError`` if there is none."""
+        if self.jwt_secret is None:
+            raise SettingsError(
+                "Unusable settings:\n  PGSCRIBE_JWT_SECRET: needed to check tokens; Supabase shows "
+                "it under Project Settings > JWT Keys (legacy JWT secret)"
+            )
+        return self.jwt_secret.get_secret_value()
+
+
+class ClientSettings(_FromEnvironment):
+    """Where a client finds its server."""
+
+    url: str = Field("http://127.0.0.1:8000", description="URL of the REST API.")
+    token: SecretStr = Field(description="Bearer token; `pgscribe token` makes one.")
+
+
+class Settings(TokenSettings):
+    """What a web server or a worker needs. Secrets stay out of its text representation."""
+
+    database_url: SecretStr = Field(
+        description="Direct or session-pooler URL of the database, as `postgres`."
+    )
+    database_pool_size: PositiveInt = Field(10, description="Connections per process, at most.")
+
+    storage_dir: Path = Field(
+        Path(".pgscribe/storage"), description="Folder that holds the audio (local storage)."
+    )
+    max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="Largest upload, in bytes.")
+
+    engine: Literal["faster-whisper", "openai-whisper"] = Field(
+        "faster-whisper", description="Engine that local transcriptions run on."
+    )
+    models_dir: Path = Field(
+        Path(".pgscribe/models"), description="Folder for weights, one subfolder per engine."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine runs.")
+    engine_threads: PositiveInt | None = Field(
+        None, description="Threads per engine process; by default the cores are shared out."
+    )
+
+    max_audio_seconds: PositiveInt = Field(4 * 3600, description="Longest audio, in seconds.")
+    max_attempts: PositiveInt = Field(3, description="Attempts per job before it is failed.")
+    job_timeout: PositiveInt = Field(
+        4 * 3600, description="Longest that one attempt may take, in seconds."
+    )
+    worker_concurrency: PositiveInt = Field(
+        1, description="Jobs at a time per worker; locally each has an engine process of its own."
+    )
+    shutdown_timeout: float = Field(
+        8.0,
+        ge=0,
+        description="Seconds that running jobs get to finish after SIGTERM; then they are queued "
+        "again. Keep it under the 10 s after which containers are killed.",
+    )

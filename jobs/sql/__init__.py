@@ -1,0 +1,13 @@
+"""Named queries, one file per concern."""
+
+from pathlib import Path
+
+from db import named_queries
+
+_HERE = Path(__file__).parent
+
+JOBS = named_queries.load(_HERE / "jobs.sql")
+ATTEMPTS = named_queries.load(_HERE / "attempts.sql")
+SESSIONS = named_queries.load(_HERE / "sessions.sql")
+DEV = named_queries.load(_HERE / "dev.sql")
+QUEUE = named_queries.load(_HERE / "queue.sql")

@@ -1,0 +1,159 @@
+"""`make demo` and `make dev` as a user runs them: they work, and leave nothing behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from db.embedded import EmbeddedPostgres
+
+PGSCRIBE = [sys.executable, "-m", "jobs.cli"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, models_dir: Path) -> Iterator[Path]:
+    """An empty folder, but for the weights that earlier tests have assembled."""
+    (tmp_path / ".pgscribe").mkdir()
+    models_dir.mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".pgscribe" / "models").symlink_to(models_dir)
+    yield tmp_path
+    EmbeddedPostgres(tmp_path / ".pgscribe" / "postgres").remove()
+
+
+def processes_in(folder: Path) -> set[str]:
+    """Return the command lines of processes that work in ``folder`` or name it."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_text().replace("\0", " ")
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            here = str(folder) in command or (process / "cwd").readlink() == folder
+            if here and state != "Z":
+                found.add(command)
+    return found
+
+
+def wait_until_none_is_left(folder: Path, seconds: float = 30) -> set[str]:
+    deadline = time.monotonic() + seconds
+    while (left := processes_in(folder)) and time.monotonic() < deadline:
+        os.sched_yield()
+    return left
+
+
+@pytest.fixture
+def dev(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`pgscribe dev`, up."""
+    process = subprocess.Popen(
+        [*PGSCRIBE, "dev", "--port", "0"],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Try:"):
+            break
+    yield process
+    if process.poll() is None:
+        process.terminate()
+    process.wait(60)
+    process.stdout.close()
+
+
+def test_dev_serves_other_commands_in_its_folder_until_ctrl_c(
+    dev: subprocess.Popen[str], folder: Path, sample: Path
+) -> None:
+    def pgscribe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*PGSCRIBE, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+
+    assert (folder / ".pgscribe" / "dev.env").stat().st_mode & 0o077 == 0
+    assert pgscribe("migrate", "--status").returncode == 0
+    done = pgscribe("transcribe", "--format", "json", "--word-timestamps", str(sample))
+    assert done.returncode == 0, done.stderr
+    transcript = json.loads(done.stdout)
+    assert "lighthouse" in transcript["text"]
+    assert transcript["segments"][0]["words"]
+    assert "completed 100 %" in done.stderr
+    (folder / "text.mp3").write_text("no sound")
+    bad = pgscribe("transcribe", "text.mp3")
+    assert bad.returncode == 1
+    assert "text.mp3: failed: " in bad.stderr
+    assert "completed" in pgscribe("jobs").stdout
+    dev.send_signal(signal.SIGINT)
+    assert dev.wait(60) == 0
+    assert wait_until_none_is_left(folder) == set()
+    assert not (folder / ".pgscribe" / "dev.env").exists()
+
+
+def test_nothing_outlives_a_killed_dev_and_the_next_one_starts(
+    dev: subprocess.Popen[str], folder: Path
+) -> None:
+    assert len(processes_in(folder)) > 3
+    dev.kill()
+    dev.wait()
+    assert wait_until_none_is_left(folder) == set()
+    with subprocess.Popen(
+        [*PGSCRIBE, "dev", "--port", "0"], cwd=folder, stdout=subprocess.PIPE, text=True
+    ) as again:
+        assert again.stdout is not None
+        assert any("is up" in line for line in again.stdout)
+        again.terminate()
+
+
+def test_a_second_dev_in_the_same_folder_is_refused(
+    dev: subprocess.Popen[str], folder: Path
+) -> None:
+    second = subprocess.run(
+        [*PGSCRIBE, "dev"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 1
+    assert str(dev.pid) in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_demo(folder: Path, sample: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(sample.parent / "demo.py")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    error_rate = re.search(r"word error rate +([\d.]+)%", done.stdout)
+    assert error_rate is not None
+    assert float(error_rate[1]) <= 8
+    assert "same transcript   yes" in done.stdout
+    assert re.search(r"commit to start +\d+ ms", done.stdout)
+    assert "[0:00.0 - " in done.stdout
+    assert "processing" in done.stderr, "progress is shown"
+    assert wait_until_none_is_left(folder) == set()
+
+
+def test_demo_leaves_nothing_behind_after_ctrl_c(folder: Path, sample: Path) -> None:
+    demo = subprocess.Popen(
+        [sys.executable, str(sample.parent / "demo.py")],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert demo.stdout is not None
+    with demo:
+        assert any("Uploaded" in line for line in demo.stdout)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 1
+    assert wait_until_none_is_left(folder) == set()

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import SettingsError
+from jobs.settings import ClientSettings, Settings
+
+SECRET = "s3cret-of-at-least-32-characters-x"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+    monkeypatch.delenv("PGSCRIBE_DATABASE_URL", raising=False)
+
+
+def test_each_unusable_variable_is_named_without_its_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_WORKER_CONCURRENCY", "lots")
+    monkeypatch.setenv("PGSCRIBE_JWT_SECRET", "too short")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    for name in ("PGSCRIBE_DATABASE_URL", "PGSCRIBE_WORKER_CONCURRENCY", "PGSCRIBE_JWT_SECRET"):
+        assert name in str(caught.value)
+    assert "too short" not in str(caught.value)
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://postgres:hidden@db/postgres")
+    monkeypatch.setenv("PGSCRIBE_JWT_SECRET", SECRET)
+    settings = Settings.load()
+    assert settings.require_jwt_secret() == SECRET
+    assert "hidden" not in repr(settings)
+    assert SECRET not in repr(settings)
+
+
+def test_environment_beats_dotenv_beats_the_running_dev_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".pgscribe").mkdir()
+    (tmp_path / ".pgscribe" / "dev.env").write_text(
+        "PGSCRIBE_URL='http://dev'\nPGSCRIBE_TOKEN='dev'\n"
+    )
+    assert ClientSettings.load().url == "http://dev"
+    (tmp_path / ".env").write_text("PGSCRIBE_URL=http://dotenv\n")
+    assert ClientSettings.load().url == "http://dotenv"
+    monkeypatch.setenv("PGSCRIBE_URL", "http://environment")
+    assert ClientSettings.load().url == "http://environment"
+    assert ClientSettings.load().token.get_secret_value() == "dev"
