@@ -5,10 +5,10 @@ from enum import StrEnum
 from typing import Any, Self
 from uuid import UUID
 
-from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
 from pydantic import BaseModel, ConfigDict
 
 from jobs.errors import InvalidInput
+from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
 
 __all__ = [
     "JobStatus",

