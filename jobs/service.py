@@ -44,8 +44,11 @@ async def submit(
         ) from exc
     except psycopg.errors.ForeignKeyViolation as exc:
         raise NotAllowed("This token's user does not exist in auth.users.") from exc
-    except (psycopg.DataError, UnicodeEncodeError) as exc:  # a NUL, or half a surrogate pair
-        raise InvalidInput("The request holds a character that Postgres can't store") from exc
+    except (psycopg.DataError, UnicodeEncodeError, RecursionError) as exc:
+        raise InvalidInput(
+            "The request holds what Postgres can't store: a NUL character, half a surrogate pair, "
+            "an infinite number, or objects nested very deeply"
+        ) from exc
     assert job_id is not None
     return job_id
 

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -36,6 +36,7 @@ def create_app(settings: Settings) -> Starlette:
         exception_handlers={
             PgscribeError: problems.on_pgscribe_error,
             HTTPException: problems.on_http_exception,
+            ClientDisconnect: problems.on_disconnect,
             Exception: problems.on_unexpected_error,
         },
         lifespan=lifespan,

@@ -17,6 +17,7 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
+    errors.AudioNotFound: HTTPStatus.NOT_FOUND,
 }
 
 
@@ -46,6 +47,11 @@ async def on_http_exception(_: Request, exc: Exception) -> Response:
     response = problem(status, status.name.lower(), exc.detail)
     response.headers.update(exc.headers or {})
     return response
+
+
+async def on_disconnect(_: Request, __: Exception) -> Response:
+    """Answer nobody: the client went away while it was sending."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 
 async def on_unexpected_error(_: Request, exc: Exception) -> Response:

@@ -2,6 +2,10 @@
 -- transaction (one door), and its status is derived from the queue job's by a trigger (one truth).
 -- Runs as `postgres` of a hosted Supabase project, which is no superuser.
 
+--
+-- Every function sets search_path = pg_catalog, pg_temp. An empty one would not do: pg_temp would
+-- then come first, and a caller's temporary type named `text` would run its code as `postgres`.
+
 create schema if not exists pgscribe;
 comment on schema pgscribe is 'Helpers of pgscribe. Not exposed: no API role has access.';
 
@@ -20,11 +24,11 @@ create table public.processing_jobs (
     check (status in ('queued', 'processing', 'completed', 'failed', 'cancelled')),
   progress real not null default 0 check (progress between 0 and 1),
   attempt integer not null default 0,
-  audio_seconds double precision check (audio_seconds >= 0),
+  audio_seconds double precision check (audio_seconds >= 0 and audio_seconds < 'Infinity'),
   result jsonb,
   error_code text,
   error text,
-  constraint completed_has_a_result check (status <> 'completed' or result is not null),
+  constraint completed_has_a_result check (status <> 'completed' or coalesce(jsonb_typeof(result), '') = 'object'),
   constraint failed_has_a_reason check (status <> 'failed' or (error_code is not null and error is not null))
 );
 
@@ -56,7 +60,7 @@ create index processing_jobs_owner_idx on public.processing_jobs (user_id, creat
 -- What an insert may say -------------------------------------------------------------------------
 
 create function pgscribe.reject(field text, problem text, hint text) returns void
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   raise check_violation using
     message = format('%s: %s', field, problem), hint = hint,
@@ -65,7 +69,7 @@ end $$;
 comment on function pgscribe.reject is 'Refuses a row, naming the field, what is wrong with it and the way out.';
 
 create function pgscribe.check_options(options jsonb) returns void
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   key text;
   value jsonb;
@@ -107,7 +111,7 @@ end $$;
 comment on function pgscribe.check_options is 'Refuses transcription options with an unknown key, a wrong type or a value out of range.';
 
 create function pgscribe.check_file_path(file_path text) returns void
-language plpgsql immutable set search_path = '' as $$
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   if file_path ~ '^[a-z]+://' then
     perform pgscribe.reject('file_path', 'is a URL', 'Put the audio in storage and give its path there.');
@@ -121,13 +125,16 @@ end $$;
 comment on function pgscribe.check_file_path is 'Refuses a storage path that could lead out of its folder.';
 
 create function pgscribe.check_processing_job() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   if (new.job_id, new.started_at, new.completed_at, new.audio_seconds, new.result, new.error_code, new.error) is distinct from
       (null::text, null::timestamptz, null::timestamptz, null::float8, null::jsonb, null::text, null::text)
       or (new.status, new.progress, new.attempt) is distinct from ('queued'::text, 0::real, 0) then
     perform pgscribe.reject('status', 'only pgscribe writes status, progress, attempt, result, error and the times',
       'Insert user_id, file_path, options and scheduled_at.');
+  end if;
+  if new.scheduled_at not between '2000-01-01' and now() + interval '1 year' then
+    perform pgscribe.reject('scheduled_at', 'must be at most a year ahead', 'Leave it out to start at once.');
   end if;
   perform pgscribe.check_file_path(new.file_path);
   perform pgscribe.check_options(new.options);
@@ -139,7 +146,7 @@ create trigger check_processing_job before insert on public.processing_jobs
 -- One door: whoever inserts a row gets its queue job in the same transaction ----------------------
 
 create function pgscribe.defer_processing_jobs() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   queue_job_ids bigint[];
 begin
@@ -156,7 +163,7 @@ create trigger defer_processing_jobs after insert on public.processing_jobs
   referencing new table as new_rows for each statement execute function pgscribe.defer_processing_jobs();
 
 create function pgscribe.abort_deleted_processing_jobs() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform procrastinate.procrastinate_cancel_job_v1(job_id::bigint, true, false)
     from old_rows where status in ('queued', 'processing');
@@ -172,7 +179,7 @@ create trigger abort_deleted_processing_jobs after delete on public.processing_j
 --                      ^______________|  (another attempt)
 
 create function pgscribe.job_status(status procrastinate.procrastinate_job_status) returns text
-language sql immutable set search_path = '' as $$
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case status
     when 'todo' then 'queued'
     when 'doing' then 'processing'
@@ -183,13 +190,14 @@ $$;
 comment on function pgscribe.job_status is 'The processing job''s status for a queue job''s.';
 
 create function pgscribe.mirror_queue_status() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   update public.processing_jobs p set
       status = pgscribe.job_status(n.status),
       attempt = p.attempt + (n.status = 'doing')::integer,
       started_at = case n.status when 'doing' then now() else p.started_at end,
       completed_at = case when n.status not in ('todo', 'doing') then now() end,
+      result = case n.status when 'doing' then null else p.result end,
       progress = case n.status when 'doing' then 0 when 'succeeded' then 1 else p.progress end,
       error_code = case n.status when 'succeeded' then null when 'failed' then coalesce(p.error_code, 'internal_error')
         else p.error_code end,
@@ -204,7 +212,7 @@ create trigger pgscribe_mirror_queue_status after update on procrastinate.procra
   for each statement execute function pgscribe.mirror_queue_status();
 
 create function pgscribe.mirror_queue_deletion() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   update public.processing_jobs p set
       status = 'cancelled', completed_at = now(),
@@ -217,7 +225,7 @@ create trigger pgscribe_mirror_queue_deletion after delete on procrastinate.proc
   referencing old table as old_rows for each statement execute function pgscribe.mirror_queue_deletion();
 
 create function pgscribe.guard_processing_job() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   derived text;
   changed text := case
@@ -225,6 +233,7 @@ declare
     when new.created_at <> old.created_at then 'created_at'
     when new.user_id <> old.user_id then 'user_id'
     when new.file_path <> old.file_path then 'file_path'
+    when new.scheduled_at is distinct from old.scheduled_at then 'scheduled_at'
     when new.options <> old.options then 'options' end;
 begin
   if changed is not null then
@@ -232,8 +241,11 @@ begin
   end if;
   if (new.status, new.job_id) is distinct from (old.status, old.job_id) then
     select pgscribe.job_status(q.status) into derived from procrastinate.procrastinate_jobs q where q.id = new.job_id::bigint;
-    if new.status <> coalesce(derived, 'cancelled') or new.job_id is distinct from coalesce(old.job_id, new.job_id) then
-      perform pgscribe.reject('status', format('is derived from the queue job, which says "%s"', coalesce(derived, 'cancelled')),
+    if derived is null and old.status in ('queued', 'processing') then
+      derived := 'cancelled';  -- the queue job was deleted
+    end if;
+    if new.status <> coalesce(derived, old.status) or new.job_id is distinct from coalesce(old.job_id, new.job_id) then
+      perform pgscribe.reject('status', format('is derived from the queue job, which says "%s"', coalesce(derived, old.status)),
         'Cancel or retry the queue job instead.');
     end if;
   end if;
@@ -243,11 +255,24 @@ end $$;
 create trigger guard_processing_job before update on public.processing_jobs
   for each row execute function pgscribe.guard_processing_job();
 
+-- Truncating fires no row's trigger: either table alone would be left with half of each job.
+create function pgscribe.refuse_truncate() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  raise feature_not_supported using
+    message = format('%I.%I holds half of each job and is not to be truncated', tg_table_schema, tg_table_name),
+    hint = 'Delete from public.processing_jobs instead.';
+end $$;
+create trigger pgscribe_refuse_truncate before truncate on public.processing_jobs
+  for each statement execute function pgscribe.refuse_truncate();
+create trigger pgscribe_refuse_truncate before truncate on procrastinate.procrastinate_jobs
+  for each statement execute function pgscribe.refuse_truncate();
+
 -- Late writers lose: an attempt writes to its job only while it holds it -----------------------------
 
 create function pgscribe.lock_held_job(queue_job_id bigint, worker_id bigint, attempts integer)
 returns table (job_id text)
-language sql volatile set search_path = '' as $$
+language sql volatile set search_path = pg_catalog, pg_temp as $$
   select q.id::text
     from procrastinate.procrastinate_jobs q
    where q.id = queue_job_id and q.status = 'doing'

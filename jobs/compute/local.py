@@ -24,12 +24,24 @@ logger = logging.getLogger(__name__)
 _CHILD = (sys.executable, "-m", "jobs.compute.engine_process")
 _MAX_ANSWER = 256 * 1024**2  # bytes; a transcript with word times is about 2 MB an hour
 
-# The child handles untrusted audio: it gets what engines need of the environment, and no secret.
-_ENVIRONMENT = {"HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "SSL_CERT_FILE", "TMPDIR", "TZ"}
+# The child handles untrusted audio: of the environment it gets what engines need, and no secret.
+_ENVIRONMENT = frozenset(
+    [
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HOME",
+        "LANG",
+        "LD_LIBRARY_PATH",
+        "PATH",
+        "SSL_CERT_FILE",
+        "TMPDIR",
+        "TZ",
+    ]
+)
 _ENVIRONMENT_PREFIXES = (
     "COVERAGE_",
     "CUDA_",
-    "HF_",
+    "HF_HUB_",
     "LC_",
     "MKL_",
     "NVIDIA_",
@@ -37,7 +49,6 @@ _ENVIRONMENT_PREFIXES = (
     "PYTHON",
     "XDG_",
 )
-
 
 _MODULES = {"faster-whisper": "faster_whisper", "openai-whisper": "whisper"}
 
@@ -141,9 +152,10 @@ class LocalCompute:
     async def _warm_up(self, process: _EngineProcess) -> None:
         try:
             await process.request({"warm_up": TranscriptionOptions().model}, lambda _: None)
-        except (EngineCrashed, TranscriptionFailed) as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, a job will meet it and say so
             logger.warning("The default model is not loaded: %s", exc)
-        self._idle.put_nowait(process)
+        finally:
+            self._idle.put_nowait(process)
 
     async def __aexit__(self, *exc: object) -> None:
         """Stop the processes, whatever they do."""

@@ -1,6 +1,7 @@
 """Audio in a folder of this machine, laid out like a bucket: ``<user id>/<name>``."""
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections.abc import AsyncIterable
@@ -47,9 +48,15 @@ class LocalStorage:
                 await asyncio.to_thread(os.fsync, file.fileno())
             await asyncio.to_thread(os.replace, name, path)
         except BaseException:  # also when the client goes away: no half-written file stays
-            os.unlink(name)  # noqa: PTH108 - a path object would be a blocking call to the linter
+            await asyncio.to_thread(self._discard, Path(name))
             raise
         return size
+
+    @staticmethod
+    def _discard(upload: Path) -> None:
+        upload.unlink()
+        with contextlib.suppress(OSError):  # other files lie there
+            upload.parent.rmdir()
 
     async def _copy(self, chunks: AsyncIterable[bytes], file: BinaryIO) -> int:
         size = 0

@@ -55,6 +55,18 @@ def test_paths_that_lead_elsewhere_are_refused(
 
 
 @pytest.mark.parametrize(
+    "scheduled_at", ["infinity", "-infinity", "0044-03-15 BC", "10000-01-01", "1999-12-31"]
+)
+def test_times_that_no_worker_could_read_are_refused(
+    conn: psycopg.Connection, user: UUID, scheduled_at: str
+) -> None:
+    query = "insert into processing_jobs (user_id, file_path, scheduled_at) values (%s, 'a/b', %s)"
+    with pytest.raises(psycopg.errors.CheckViolation, match=r"^scheduled_at: "), conn.transaction():
+        conn.execute(query, (user, scheduled_at))
+    assert deferred(conn) == 0
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"status": "completed"},

@@ -93,6 +93,7 @@ def test_nobody_writes_status_by_hand(conn: psycopg.Connection, status: str) -> 
         "file_path = 'other/file'",
         """options = '{"model": "tiny"}'""",
         "created_at = now() - interval '1 day'",
+        "scheduled_at = now()",
         "job_id = '999'",
         "job_id = null",
     ],
@@ -117,6 +118,27 @@ def test_deleting_old_queue_jobs_leaves_ended_jobs_alone(conn: psycopg.Connectio
     before = read(conn, "status, error_code, updated_at")
     conn.execute("delete from procrastinate.procrastinate_jobs")
     assert read(conn, "status, error_code, updated_at") == before
+    with pytest.raises(psycopg.errors.CheckViolation, match='says "failed"'):
+        conn.execute("update processing_jobs set status = 'cancelled'")
+
+
+@pytest.mark.usefixtures("job")
+@pytest.mark.parametrize(
+    "table", ["processing_jobs", "procrastinate.procrastinate_jobs cascade", "auth.users cascade"]
+)
+def test_neither_half_of_a_job_is_truncated(conn: psycopg.Connection, table: str) -> None:
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="half of each job"):
+        conn.execute(f"truncate {table}".encode())
+    assert read(conn, "status") == ("queued",)
+
+
+@pytest.mark.usefixtures("job")
+def test_another_attempt_starts_without_the_last_ones_result(conn: psycopg.Connection) -> None:
+    set_queue_status(conn, "doing")
+    conn.execute("update processing_jobs set result = '{}'")
+    for step in ("todo", "doing", "failed"):
+        set_queue_status(conn, step)
+    assert read(conn, "status, result") == ("failed", None)
 
 
 def test_a_strangers_queue_job_cannot_block_the_queue(conn: psycopg.Connection) -> None:

@@ -126,6 +126,40 @@ def test_services_insert_for_users_but_write_no_status(
         conn.execute("update processing_jobs set status = 'completed'")
 
 
+def test_a_callers_types_and_functions_are_never_used(conn: psycopg.Connection, user: UUID) -> None:
+    """With an empty search_path, a temporary type named `text` would run as `postgres`."""
+    with acting_as(conn, user):
+        conn.execute(
+            "create table pg_temp.seen (who pg_catalog.text);"
+            "grant insert on pg_temp.seen to public;"
+            "create function pg_temp.evil(anyelement) returns pg_catalog.bool language plpgsql as"
+            " $$ begin insert into pg_temp.seen values (current_user); return true; end $$"
+        )
+        for name in ("text", "jsonb", "uuid", "bigint", "int8", "float8", "timestamptz", "bool"):
+            conn.execute(
+                f"create domain pg_temp.{name} as pg_catalog."
+                f"{'int8' if name == 'bigint' else name} check (pg_temp.evil(value))".encode()
+            )
+        conn.execute(
+            "insert into public.processing_jobs (file_path, options)"
+            """ values (%s, '{"task": "translate"}')""",
+            (f"{user}/a.mp3",),
+        )
+        assert (
+            conn.execute("select * from pg_temp.seen where who <> 'authenticated'").fetchall() == []
+        )
+
+
+def test_every_function_fixes_its_search_path(conn: psycopg.Connection) -> None:
+    rows = conn.execute(
+        "select oid::regprocedure, proconfig from pg_proc"
+        " where pronamespace in ('pgscribe'::regnamespace, 'procrastinate'::regnamespace)"
+        " and not coalesce(proconfig && array['search_path=pg_catalog, pg_temp',"
+        " 'search_path=procrastinate, pg_temp'], false)"
+    )
+    assert rows.fetchall() == []
+
+
 def test_the_connection_is_itself_again_after_a_transaction_as_a_user(
     conn: psycopg.Connection, user: UUID
 ) -> None:

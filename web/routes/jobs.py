@@ -44,7 +44,7 @@ def _parse(body: bytes) -> ProcessRequest:
         error = exc.errors()[0]
         field = ".".join(str(part) for part in error["loc"]) or "body"
         raise InvalidInput(f"{field}: {error['msg']}", field=field) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidInput('The body is not JSON; send {"filePath": …, "options": {…}}') from exc
 
 
@@ -91,8 +91,11 @@ async def list_jobs(request: Request) -> Response:
 def _limit(value: str | None) -> int:
     if not value:
         return 50
-    if value.isascii() and value.isdigit() and 1 <= int(value[:9]) <= service.MAX_LIST:
-        return int(value)
+    digits = len(str(service.MAX_LIST))
+    if value.isascii() and value.isdigit() and len(value) <= digits:
+        limit = int(value)
+        if 1 <= limit <= service.MAX_LIST:
+            return limit
     raise InvalidInput(f"limit: must be a number from 1 to {service.MAX_LIST}", field="limit")
 
 

@@ -12,16 +12,18 @@ from jobs.errors import InvalidInput, UploadTooLarge
 from jobs.storage.base import Storage
 from web.auth import user_claims
 
-_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
+MAX_NAME = 200  # bytes in UTF-8; file systems take 255
+_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\]+")
 
 
 async def upload(request: Request) -> Response:
     """``PUT /uploads/{name}``: the file's bytes as the body -> 201 {filePath, size}."""
     claims = user_claims(request)
     name = request.path_params["name"]
-    if not _FILE_NAME.fullmatch(name) or name.strip(". ") == "":
+    usable = _FILE_NAME.fullmatch(name) and name.strip(". ")
+    if not usable or len(name.encode(errors="replace")) > MAX_NAME:
         raise InvalidInput(
-            "name: 1 to 200 characters, no slashes or control characters", field="name"
+            f"name: 1 to {MAX_NAME} bytes of UTF-8, no slashes or control characters", field="name"
         )
     _check_announced_size(request)
     storage: Storage = request.app.state.storage
