@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path, PurePath
 from typing import IO, Final
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -51,7 +52,7 @@ CLEANING: Final = f"highpass=f=60,dynaudnorm=f=150:g=7:p=0.9:m=50:t={SILENCE_PEA
 
 # Containers of recordings. None makes ffmpeg open other files: mov could, but not by default.
 _CONTAINERS: Final = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,gsm,matroska,mov,mp3,mpc,"
+    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,mov,mp3,mpc,"
     "mpc8,mpeg,mpegts,ogg,tak,truehd,tta,voc,w64,wav,wv"
 )
 _URL: Final = re.compile(r"https?://", re.IGNORECASE)
@@ -138,7 +139,7 @@ def _ffmpeg() -> str:
 
 def _trusted_certificates() -> str | None:
     """Return the file of certificate authorities, which ffmpeg does not find by itself."""
-    if file := os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile:
+    if file := ssl.get_default_verify_paths().cafile:  # SSL_CERT_FILE, or the system's
         return file
     try:
         import certifi
@@ -330,6 +331,8 @@ def _head(source: str) -> bytes:
             head: bytes = response.read(_WAV_HEAD)
             return head
     except OSError as exc:
+        if isinstance(exc, HTTPError):
+            exc.close()  # it is an open response, too
         raise errors.SourceUnavailable(
             f"{display_name(source)} could not be fetched: its storage could not be reached."
         ) from exc

@@ -44,7 +44,7 @@ _SEED: Final = 0
 
 
 class Engine(Protocol):
-    """A loaded model that transcribes."""
+    """A loaded model that transcribes one recording at a time."""
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ class FasterWhisperEngine:
         on_progress: ProgressCallback | None = None,
     ) -> Transcript:
         """Transcribe; see Engine."""
-        _check(options, self._whisper.supported_languages)
+        _check(options, self.model, self._whisper.supported_languages)
         self._reset_random()
         progress = _Progress(on_progress)
         segments, info = self._whisper.transcribe(
@@ -224,7 +224,7 @@ class OpenAIWhisperEngine:
         from whisper.tokenizer import LANGUAGES
 
         known = list(LANGUAGES)[: self._whisper.num_languages]
-        _check(options, known if self._whisper.is_multilingual else ["en"])
+        _check(options, self.model, known if self._whisper.is_multilingual else ["en"])
         progress = _Progress(on_progress)
         with _reports_by_tqdm(progress):
             torch.manual_seed(_SEED)
@@ -255,14 +255,16 @@ def _device(engine: Engine, device: str, *, has_gpu: bool) -> str:
     return device if device != "auto" else "cuda" if has_gpu else "cpu"
 
 
-def _check(options: TranscriptionOptions, languages: Sequence[str]) -> None:
+def _check(options: TranscriptionOptions, model: str, languages: Sequence[str]) -> None:
     """Raise InvalidOptions for what a model of these languages cannot do."""
-    known = f"must be one of {', '.join(sorted(languages))} with the model {options.model}"
     if options.language is not None and options.language not in languages:
-        raise InvalidOptions("options.language", f"{known}, or null to detect the language")
+        known = ", ".join(sorted(languages))
+        raise InvalidOptions(
+            "options.language", f"must be one of {known} with the model {model}, or null"
+        )
     if options.task == "translate" and len(languages) == 1:
         raise InvalidOptions(
-            "options.task", f"must be transcribe with the model {options.model}, which is English"
+            "options.task", f"must be transcribe with the model {model}, which knows only English"
         )
 
 

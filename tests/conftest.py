@@ -1,5 +1,6 @@
 """Real Postgres for every test that asks for it: one migrated template, cloned per test."""
 
+import signal
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,12 @@ from jobs.settings import Settings
 
 REPO = Path(__file__).parent.parent
 TEMPLATE = "pgscribe_template"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_works() -> None:
+    """Let SIGINT reach what the tests start, also where a background shell had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -243,6 +244,24 @@ def test_broken_weights_are_refused(engine_name: str, tmp_path: Path) -> None:
         load_engine(engine_name, "mine", path=path, device="cpu")
     assert "at hand: none" in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_engine_that_is_not_installed_is_refused(
+    engine_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("faster_whisper", "whisper"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModelUnavailable, match=f"the package {engine_name} is not installed"):
+        load_engine(engine_name, "base")
+
+
+def test_gpu_that_is_not_there_is_refused(engine_name: str, models_dir: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ModelUnavailable, match="was to run on a GPU"):
+        load_engine(engine_name, "base", path=models_dir, device="cuda")
 
 
 def test_unknown_engine_is_refused() -> None:
