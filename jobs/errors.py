@@ -80,6 +80,13 @@ class EngineCrashed(PgscribeError):
     retryable = True
 
 
+class DatabaseUnavailable(PgscribeError):
+    """The database broke off in the middle of the attempt: a lost connection, or a deadlock."""
+
+    code = "database_unavailable"
+    retryable = True
+
+
 class JobTimeout(PgscribeError):
     """The transcription took longer than the limit."""
 

@@ -1,6 +1,7 @@
 """A job from audio to transcript."""
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from psycopg.types.json import Jsonb
 
 from jobs.compute.base import Compute
 from jobs.database import Pool
-from jobs.errors import AttemptLost, JobTimeout, PgscribeError
+from jobs.errors import AttemptLost, DatabaseUnavailable, JobTimeout, PgscribeError
 from jobs.models import ProcessingJob, Transcript, TranscriptionOptions
 from jobs.sql import ATTEMPTS
 from jobs.storage.base import Storage
@@ -70,6 +71,11 @@ class Transcriber:
             )
             await self._write_error(attempt, timeout)
             raise timeout from exc
+        except psycopg.OperationalError as exc:
+            unavailable = DatabaseUnavailable()
+            with contextlib.suppress(psycopg.OperationalError):  # it may still be out of reach
+                await self._write_error(attempt, unavailable)
+            raise unavailable from exc
         except Exception as exc:
             logger.exception("Unexpected error in attempt %s", attempt)
             await self._write_error(attempt, PgscribeError())

@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 
 from jobs import database, worker
 from jobs.compute.local import LocalCompute
-from jobs.errors import AttemptLost, EngineCrashed, PgscribeError
+from jobs.errors import AttemptLost, DatabaseUnavailable, EngineCrashed, PgscribeError
 from jobs.models import Transcript, TranscriptionOptions
 from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
@@ -378,6 +378,20 @@ async def test_unexpected_errors_show_no_internals(
     row = conn.execute("select error_code, error from processing_jobs").fetchone()
     assert row == ("internal_error", str(PgscribeError()))
     assert "a secret detail" in caplog.text
+
+
+async def test_a_database_that_breaks_off_is_worth_another_attempt(
+    settings: Settings, held: Attempt, conn: psycopg.Connection
+) -> None:
+    def lose_connection() -> None:
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    async with transcriber(settings, lose_connection) as broken:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await broken.run(held)
+    assert caught.value.retryable
+    row = conn.execute("select error_code from processing_jobs").fetchone()
+    assert row == ("database_unavailable",)
 
 
 async def test_engines_get_no_secret_and_end_with_the_worker(
