@@ -27,7 +27,7 @@ check: $(VENV)/dev.installed ## What CI runs: format, lint, types, layers, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) test
+	@$(MAKE) --no-print-directory test
 
 lock: $(VENV)/dev.installed ## Take the newest versions of everything into constraints.txt
 	$(BIN)/pip install --upgrade --upgrade-strategy eager -e '.[embedded,demo,dev]'
