@@ -22,7 +22,8 @@ class _FromEnvironment(BaseSettings):
             return cls(**overrides)
         except ValidationError as exc:
             problems = [
-                f"PGSCRIBE_{'_'.join(str(part) for part in error['loc']).upper()}: {error['msg']}"
+                f"PGSCRIBE_{str(error['loc'][0]).upper()}: {error['msg']}"
+                f" ({cls.model_fields[str(error['loc'][0])].description})"
                 for error in exc.errors(include_input=False)
             ]
             raise SettingsError("Unusable settings:\n  " + "\n  ".join(problems)) from None
@@ -51,7 +52,10 @@ class ClientSettings(_FromEnvironment):
     """Where a client finds its server."""
 
     url: str = Field("http://127.0.0.1:8000", description="URL of the REST API.")
-    token: SecretStr = Field(description="Bearer token; `pgscribe token` makes one.")
+    token: SecretStr = Field(
+        description="Bearer token; `pgscribe dev` provides one to commands in its folder, "
+        "`pgscribe token` makes one."
+    )
 
 
 class Settings(TokenSettings):

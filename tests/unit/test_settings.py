@@ -48,3 +48,11 @@ def test_environment_beats_dotenv_beats_the_running_dev_environment(
     monkeypatch.setenv("PGSCRIBE_URL", "http://environment")
     assert ClientSettings.load().url == "http://environment"
     assert ClientSettings.load().token.get_secret_value() == "dev"
+
+
+def test_a_client_without_a_server_learns_how_to_get_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PGSCRIBE_TOKEN", raising=False)
+    with pytest.raises(SettingsError, match=r"PGSCRIBE_TOKEN: Field required .*pgscribe dev"):
+        ClientSettings.load()
