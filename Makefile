@@ -8,7 +8,7 @@ PIP := $(INSTALL) --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt weights.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check lock clean
+.PHONY: help demo dev test faults soak check lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,12 @@ dev: $(VENV)/demo.installed ## Everything embedded; stays up, prints the URL and
 
 test: $(VENV)/dev.installed ## Run the tests
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+faults: $(VENV)/dev.installed ## Kill, stop, cut off and restart everything, and see that no job is lost
+	$(BIN)/python -m pytest tests/faults -m "slow or not slow" $(ARGS)
+
+soak: $(VENV)/dev.installed ## The same at random, under load: make soak ARGS='--seconds 600'
+	$(BIN)/python tests/faults/soak.py $(ARGS)
 
 check: $(VENV)/dev.installed ## What CI runs: format, lint, types, layers, tests
 	$(BIN)/ruff format --check .

@@ -285,12 +285,110 @@ def show_jobs(*, job_id: UUID | None, status: str | None, limit: int) -> None:
     async def show() -> None:
         async with await psycopg.AsyncConnection.connect(url) as conn:
             if job_id is not None:
-                click.echo((await service.get(conn, job_id)).model_dump_json(indent=2))
+                shown = (await service.get(conn, job_id)).model_dump(mode="json")
+                shown["attempts"] = await service.attempts(conn, job_id)
+                click.echo(json.dumps(shown, indent=2, ensure_ascii=False, default=str))
                 return
             for job in await service.list_jobs(conn, status=wanted, limit=limit):
                 click.echo(terminal.summary(job))
 
     asyncio.run(show())
+
+
+def _on_database(query: bytes, rows: list[dict[str, Any]]) -> None:
+    """Run an operator's statement once for each row of values."""
+    import psycopg
+
+    from jobs.settings import Settings
+
+    url = Settings.load().database_url.get_secret_value()
+    with psycopg.connect(url, prepare_threshold=None) as conn:
+        for values in rows:
+            conn.execute(query, values)
+
+
+def _change_jobs(change: str, job_ids: tuple[UUID, ...]) -> None:
+    """Cancel or retry jobs of any owner; one that can't be is no reason to stop."""
+    import asyncio
+
+    import psycopg
+
+    from jobs import service
+    from jobs.settings import Settings
+
+    url = Settings.load().database_url.get_secret_value()
+    act = {"cancel": service.cancel, "retry": service.retry}[change]
+
+    async def run() -> bool:
+        refused = False
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as conn:
+            for job_id in job_ids:
+                try:
+                    job = await act(conn, job_id)
+                except PgscribeError as exc:
+                    refused = True
+                    click.echo(f"{job_id}  {exc}", err=True)
+                else:
+                    click.echo(f"{job_id}  {job.status}")
+        return refused
+
+    sys.exit(asyncio.run(run()))
+
+
+@main.command()
+@click.argument("job_ids", nargs=-1, required=True, type=click.UUID)
+@_friendly
+def cancel(job_ids: tuple[UUID, ...]) -> None:
+    """Cancel jobs of any owner: at once while they wait, within seconds while they run."""
+    _change_jobs("cancel", job_ids)
+
+
+@main.command()
+@click.argument("job_ids", nargs=-1, required=True, type=click.UUID)
+@_friendly
+def retry(job_ids: tuple[UUID, ...]) -> None:
+    """Run failed or cancelled jobs again, with all their attempts."""
+    _change_jobs("retry", job_ids)
+
+
+@main.command()
+@click.option("--owner", "owners", multiple=True, type=click.UUID, help="Only this owner's jobs.")
+@click.option("--queue", default="transcription", show_default=True)
+@_friendly
+def pause(*, owners: tuple[UUID, ...], queue: str) -> None:
+    """Start no more jobs of a queue or of an owner; running ones go on."""
+    _pause_or_resume("pause", owners, queue)
+
+
+@main.command()
+@click.option("--owner", "owners", multiple=True, type=click.UUID, help="Only this owner's jobs.")
+@click.option("--queue", default="transcription", show_default=True)
+@_friendly
+def resume(*, owners: tuple[UUID, ...], queue: str) -> None:
+    """Start jobs of a paused queue or owner again."""
+    _pause_or_resume("resume", owners, queue)
+
+
+def _pause_or_resume(change: str, owners: tuple[UUID, ...], queue: str) -> None:
+    from jobs.sql import OPERATE
+
+    if owners:
+        _on_database(OPERATE[f"{change}_owner"], [{"owner": owner} for owner in owners])
+    else:
+        _on_database(OPERATE[f"{change}_queue"], [{"name": queue}])
+
+
+@main.command()
+@click.argument("owner", type=click.UUID)
+@click.option("--max-running", type=click.IntRange(1), help="Jobs at a time [the queue's default].")
+@click.option("--weight", type=click.FloatRange(0, min_open=True), help="Share; others have 1.")
+@_friendly
+def limit(*, owner: UUID, max_running: int | None, weight: float | None) -> None:
+    """Set how many jobs an owner may have running, and how large their share is."""
+    from jobs.sql import OPERATE
+
+    values = {"owner": owner, "max_running": max_running, "weight": weight}
+    _on_database(OPERATE["limit_owner"], [values])
 
 
 @main.command()

@@ -13,12 +13,33 @@ from jobs.sql import SESSIONS
 
 CONNECTION_TIMEOUT = 10.0  # seconds to wait for a connection from a pool
 
+# A peer that is gone without a word is noticed in about half a minute, not in hours.
+_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[tuple[Any, ...]]]
 
 
 async def _use_queue_schema(conn: psycopg.AsyncConnection[Any]) -> None:
     await conn.set_autocommit(True)
     await conn.execute(SESSIONS["use_queue_schema"])
+
+
+def _parameters(name: str) -> dict[str, Any]:
+    return {
+        "application_name": f"pgscribe {name}",
+        "prepare_threshold": None,
+        "connect_timeout": int(CONNECTION_TIMEOUT),
+        "tcp_user_timeout": int(CONNECTION_TIMEOUT * 1000),
+        **_KEEPALIVES,
+    }
+
+
+async def connect(settings: Settings, *, name: str) -> Connection:
+    """Return a connection of its own, outside any pool; each statement is a transaction."""
+    return await psycopg.AsyncConnection.connect(
+        settings.database_url.get_secret_value(), autocommit=True, **_parameters(name)
+    )
 
 
 def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool:
@@ -29,7 +50,7 @@ def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool
     """
     return AsyncConnectionPool(
         settings.database_url.get_secret_value(),
-        kwargs={"application_name": f"pgscribe {name}", "prepare_threshold": None},
+        kwargs=_parameters(name),
         min_size=1,
         max_size=settings.database_pool_size,
         timeout=CONNECTION_TIMEOUT,

@@ -5,8 +5,10 @@ class PgscribeError(Exception):
     """Something went wrong inside pgscribe; its log says what."""
 
     code = "internal_error"
-    #: Whether another attempt at the same job may end better.
+    #: Whether another attempt at the same job may end better. This, and nothing else, decides.
     retryable = False
+    #: Seconds before another attempt makes sense, where whoever refused this one said so.
+    retry_after: float | None = None
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.__doc__)
@@ -58,19 +60,22 @@ class AudioNotFound(PgscribeError):
     code = "file_not_found"
 
 
-class AttemptLost(PgscribeError):
-    """This attempt no longer holds its job, so it may not write to it."""
+class JobConflict(PgscribeError):
+    """The job's status does not allow that."""
 
-    code = "attempt_lost"
+    code = "job_conflict"
 
 
 class TranscriptionFailed(PgscribeError):
     """The transcription function reported an error: its code and message are passed on."""
 
-    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+    def __init__(
+        self, code: str, message: str, *, retryable: bool, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.retryable = retryable
+        self.retry_after = retry_after
 
 
 class EngineCrashed(PgscribeError):
@@ -81,10 +86,16 @@ class EngineCrashed(PgscribeError):
 
 
 class DatabaseUnavailable(PgscribeError):
-    """The database broke off in the middle of the attempt: a lost connection, or a deadlock."""
+    """The database does not answer; try again in a moment."""
 
     code = "database_unavailable"
     retryable = True
+
+
+class ResultNotStorable(PgscribeError):
+    """The result holds what Postgres can't store; the worker's log says more."""
+
+    code = "result_not_storable"
 
 
 class JobTimeout(PgscribeError):

@@ -1,5 +1,6 @@
 """What pgscribe speaks of. The transcript's shape belongs to the functions that produce it."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -11,6 +12,7 @@ from jobs.errors import InvalidInput
 from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
 
 __all__ = [
+    "Attempt",
     "JobStatus",
     "JobSummary",
     "ProcessingJob",
@@ -62,7 +64,14 @@ class JobSummary(BaseModel):
     status: JobStatus
     progress: float
     attempt: int
+    priority: int
+    max_attempts: int | None
+    idempotency_key: str | None
+    due_at: datetime | None
+    cancel_requested_at: datetime | None
+    retry_requested_at: datetime | None
     audio_seconds: float | None
+    estimated_seconds: float | None
     error_code: str | None
     error: str | None
 
@@ -71,3 +80,18 @@ class ProcessingJob(JobSummary):
     """A whole row. ``result`` is a transcript's ``to_dict()`` once the job is completed."""
 
     result: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One run of a job by a worker: what it needs to know of the job.
+
+    ``job_id`` and ``number`` are the fence that late writers run into: each claim has a number of
+    its own.
+    """
+
+    job_id: UUID
+    number: int
+    user_id: UUID
+    file_path: str
+    options: dict[str, Any]

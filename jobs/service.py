@@ -5,10 +5,10 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row, scalar_row
+from psycopg.rows import class_row, dict_row, scalar_row
 from psycopg.types.json import Jsonb
 
-from jobs.errors import InvalidInput, JobNotFound, NotAllowed
+from jobs.errors import InvalidInput, JobConflict, JobNotFound, NotAllowed
 from jobs.models import JobStatus, JobSummary, ProcessingJob
 from jobs.sql import JOBS
 
@@ -17,23 +17,37 @@ Connection = psycopg.AsyncConnection[Any]
 MAX_LIST = 100
 
 
-async def submit(
+async def submit(  # noqa: PLR0913 - what a job may say
     conn: Connection,
     file_path: str,
     options: dict[str, Any],
     *,
     scheduled_at: datetime | None = None,
+    priority: int = 0,
+    max_attempts: int | None = None,
+    idempotency_key: str | None = None,
 ) -> UUID:
     """Insert a job for audio at ``file_path`` and return its id; its queue job commits with it.
 
-    The database checks the input: ``InvalidInput`` names the field, ``NotAllowed`` says that the
-    path is not in the user's own folder.
+    With an ``idempotency_key`` that the user has used before, it returns the job of that time.
+    The database checks the input: ``InvalidInput`` names the field, also where the key was used
+    for another job; ``NotAllowed`` says that the path is not in the user's own folder.
     """
-    values = {"file_path": file_path, "options": Jsonb(options), "scheduled_at": scheduled_at}
+    values = {
+        "file_path": file_path,
+        "options": Jsonb(options),
+        "scheduled_at": scheduled_at,
+        "priority": priority,
+        "max_attempts": max_attempts,
+        "idempotency_key": idempotency_key,
+    }
     try:
         async with conn.cursor(row_factory=scalar_row) as cursor:
             await cursor.execute(JOBS["submit"], values)
             job_id: UUID | None = await cursor.fetchone()
+            if job_id is None:
+                await cursor.execute(JOBS["get_by_key"], values)
+                job_id = await cursor.fetchone()
     except psycopg.errors.CheckViolation as exc:
         text = ". ".join(filter(None, (exc.diag.message_primary, exc.diag.message_hint)))
         raise InvalidInput(text, field=exc.diag.column_name) from exc
@@ -61,6 +75,46 @@ async def get(conn: Connection, job_id: UUID) -> ProcessingJob:
     if job is None:
         raise JobNotFound
     return job
+
+
+async def attempts(conn: Connection, job_id: UUID) -> list[dict[str, Any]]:
+    """Return the attempts at a job that did not complete it, oldest first."""
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(JOBS["attempts"], {"id": job_id})
+        return await cursor.fetchall()
+
+
+async def cancel(conn: Connection, job_id: UUID) -> ProcessingJob:
+    """Cancel a job of the user's: at once while it waits, within seconds while it runs.
+
+    Raises ``JobNotFound``, and ``JobConflict`` where it has completed or failed.
+    """
+    job = await _change(conn, "cancel", job_id)
+    if job.status in {JobStatus.COMPLETED, JobStatus.FAILED}:
+        raise JobConflict(f"status: the job is {job.status} already, so it can't be cancelled")
+    return job
+
+
+async def retry(conn: Connection, job_id: UUID) -> ProcessingJob:
+    """Run a failed or cancelled job of the user's again, with all its attempts.
+
+    Raises ``JobNotFound``, and ``JobConflict`` where it has completed or has not ended.
+    """
+    before = await get(conn, job_id)
+    if before.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
+        raise JobConflict(
+            f"status: the job is {before.status}; only failed and cancelled jobs can be retried"
+        )
+    return await _change(conn, "retry", job_id)
+
+
+async def _change(conn: Connection, query: str, job_id: UUID) -> ProcessingJob:
+    async with conn.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(JOBS[query], {"id": job_id})
+        row = await cursor.fetchone()
+    if row is None or row["id"] is None:
+        raise JobNotFound
+    return ProcessingJob(**row)
 
 
 async def list_jobs(

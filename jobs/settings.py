@@ -83,13 +83,38 @@ class Settings(TokenSettings):
     )
 
     max_audio_seconds: PositiveInt = Field(4 * 3600, description="Longest audio, in seconds.")
-    max_attempts: PositiveInt = Field(3, description="Attempts per job before it is failed.")
+    max_attempts: int = Field(
+        3, ge=1, le=20, description="Attempts before a job is failed; its own max_attempts wins."
+    )
     job_timeout: PositiveInt = Field(
         4 * 3600, description="Longest that one attempt may take, in seconds."
+    )
+    stall_timeout: float = Field(
+        30.0,
+        ge=5,
+        le=3600,
+        description="Seconds without a heartbeat after which a worker is presumed dead and its "
+        "jobs run again; the same for all workers of a database.",
     )
     worker_concurrency: PositiveInt = Field(
         1, description="Jobs at a time per worker; locally each has an engine process of its own."
     )
+    keep_queue_jobs_days: PositiveInt | None = Field(
+        7, description="Days after which the queue job of an ended job is deleted."
+    )
+    keep_completed_days: PositiveInt | None = Field(
+        None, description="Days after which completed jobs are deleted, transcript and all."
+    )
+    keep_failed_days: PositiveInt | None = Field(
+        None, description="Days after which failed jobs are deleted."
+    )
+    keep_cancelled_days: PositiveInt | None = Field(
+        None, description="Days after which cancelled jobs are deleted."
+    )
+    keep_audio_days: PositiveInt | None = Field(
+        None, description="Days after the end of its last job after which audio is deleted."
+    )
+
     shutdown_timeout: float = Field(
         8.0,
         ge=0,

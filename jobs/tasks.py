@@ -1,59 +1,58 @@
 """What workers run."""
 
-import asyncio
 import random
+from collections.abc import Awaitable, Callable
 
 import procrastinate
-from procrastinate import exceptions, job_context
 from procrastinate import jobs as queue_jobs
 
-from jobs.errors import AttemptLost, PgscribeError
-from jobs.queue import QUEUE_NAME
-from jobs.transcription import Attempt, Transcriber
+from jobs.errors import PgscribeError
+from jobs.models import Transcript
+from jobs.queue import MAINTENANCE, QUEUE_NAME
+from jobs.queue_worker import Job
+from jobs.transcription import Transcriber
 
 TASK_NAME = "transcribe"
+FIRST_PAUSE = 2.0  # seconds before the second attempt; each later pause is twice as long
+LONGEST_PAUSE = 300.0  # seconds
 
 
 class AttemptPolicy(procrastinate.BaseRetryStrategy):
-    """Decides whether a failed attempt is followed by another one, and when."""
+    """Says when a failed attempt is followed by another one; the error says whether.
 
-    def __init__(self, *, max_attempts: int) -> None:
-        self._max_attempts = max_attempts
+    How many attempts a job has is decided in the database, which counts those that never reported.
+    """
 
     def get_retry_decision(
         self, *, exception: BaseException, job: queue_jobs.Job
     ) -> procrastinate.RetryDecision | None:
-        """Retry at once what a shutdown broke off, and later what may end better."""
-        if isinstance(exception, asyncio.CancelledError):
-            return procrastinate.RetryDecision()
-        retryable = isinstance(exception, PgscribeError) and exception.retryable
-        if not retryable or job.attempts + 1 >= self._max_attempts:
+        """Return a pause with jitter, no shorter than what the refusing side asked for."""
+        if not (isinstance(exception, PgscribeError) and exception.retryable):
             return None
-        delay = 2**job.attempts * random.uniform(1, 2)  # noqa: S311 - jitter is no secret
-        return procrastinate.RetryDecision(retry_in={"seconds": delay})
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**job.attempts)
+        pause *= random.uniform(0.5, 1)  # noqa: S311 - jitter is no secret
+        return procrastinate.RetryDecision(
+            retry_in={"seconds": max(pause, exception.retry_after or 0.0)}
+        )
 
 
-def add_tasks(app: procrastinate.App, transcriber: Transcriber, *, max_attempts: int) -> None:
-    """Register the tasks that the database's triggers defer."""
+def add_tasks(
+    app: procrastinate.App,
+    transcriber: Transcriber,
+    prune: Callable[[], Awaitable[object]],
+) -> None:
+    """Register the task that the database's triggers defer, and the periodic ones."""
 
-    @app.task(
-        name=TASK_NAME,
-        queue=QUEUE_NAME,
-        pass_context=True,
-        retry=AttemptPolicy(max_attempts=max_attempts),
-    )
+    @app.task(name=TASK_NAME, queue=QUEUE_NAME, pass_context=True, retry=AttemptPolicy())
     async def transcribe(
         context: procrastinate.JobContext,
         processing_job_id: str,  # noqa: ARG001 - for people who read the queue
-    ) -> None:
-        job = context.job
-        assert job.id is not None
-        assert job.worker_id is not None
-        try:
-            await transcriber.run(Attempt(job.id, job.worker_id, job.attempts))
-        except AttemptLost as exc:
-            raise exceptions.JobAborted from exc
-        except asyncio.CancelledError:
-            if context.abort_reason() is job_context.AbortReason.USER_REQUEST:
-                raise exceptions.JobAborted from None
-            raise
+    ) -> Transcript:
+        assert isinstance(context.job, Job)
+        assert context.job.attempt is not None
+        return await transcriber.run(context.job.attempt)
+
+    @app.periodic(cron="*/10 * * * *")
+    @app.task(name="prune", queue=MAINTENANCE, queueing_lock="prune")
+    async def prune_what_is_old(timestamp: int) -> None:  # noqa: ARG001 - procrastinate gives it
+        await prune()

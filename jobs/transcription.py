@@ -1,34 +1,22 @@
 """A job from audio to transcript."""
 
 import asyncio
-import contextlib
 import logging
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import psycopg
-from psycopg.rows import class_row
-from psycopg.types.json import Jsonb
+from psycopg_pool import PoolTimeout
 
 from jobs.compute.base import Compute
 from jobs.database import Pool
-from jobs.errors import AttemptLost, DatabaseUnavailable, JobTimeout, PgscribeError
-from jobs.models import ProcessingJob, Transcript, TranscriptionOptions
+from jobs.errors import JobTimeout
+from jobs.models import Attempt, Transcript, TranscriptionOptions
 from jobs.sql import ATTEMPTS
 from jobs.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One run of a queue job by a worker: the fence that late writers run into."""
-
-    queue_job_id: int
-    worker_id: int
-    attempts: int
 
 
 class _Progress:
@@ -41,7 +29,7 @@ class _Progress:
 
 
 class Transcriber:
-    """Carries out attempts: reads the job, transcribes its audio, writes the result."""
+    """Carries out attempts. ``timeout`` is the longest that one may take, in seconds."""
 
     def __init__(self, pool: Pool, storage: Storage, compute: Compute, *, timeout: float) -> None:
         self._pool = pool
@@ -49,56 +37,27 @@ class Transcriber:
         self._compute = compute
         self._timeout = timeout
 
-    async def run(self, attempt: Attempt) -> None:
-        """Transcribe the attempt's job. Whatever fails is on the job's row before it is raised.
+    async def run(self, attempt: Attempt) -> Transcript:
+        """Transcribe the attempt's audio; meanwhile its progress is on the job's row.
 
         Raises ``PgscribeError``; its ``retryable`` says whether another attempt makes sense.
         """
         try:
             async with asyncio.timeout(self._timeout):
-                job = await self._load(attempt)
-                transcript = await self._transcribe(attempt, job)
-            await self._write_result(attempt, transcript)
-        except AttemptLost:
-            raise
-        except PgscribeError as exc:
-            await self._write_error(attempt, exc)
-            raise
+                return await self._transcribe(attempt)
         except TimeoutError as exc:
-            timeout = JobTimeout(
+            raise JobTimeout(
                 f"The attempt took longer than the limit of {self._timeout:g} s; "
                 "split the recording or raise PGSCRIBE_JOB_TIMEOUT"
-            )
-            await self._write_error(attempt, timeout)
-            raise timeout from exc
-        except psycopg.OperationalError as exc:
-            unavailable = DatabaseUnavailable()
-            with contextlib.suppress(psycopg.OperationalError):  # it may still be out of reach
-                await self._write_error(attempt, unavailable)
-            raise unavailable from exc
-        except Exception as exc:
-            logger.exception("Unexpected error in attempt %s", attempt)
-            await self._write_error(attempt, PgscribeError())
-            raise PgscribeError from exc
+            ) from exc
 
-    async def _load(self, attempt: Attempt) -> ProcessingJob:
-        async with (
-            self._pool.connection() as conn,
-            conn.cursor(row_factory=class_row(ProcessingJob)) as cursor,
-        ):
-            await cursor.execute(ATTEMPTS["load"], asdict(attempt))
-            job = await cursor.fetchone()
-        if job is None:
-            raise AttemptLost
-        return job
-
-    async def _transcribe(self, attempt: Attempt, job: ProcessingJob) -> Transcript:
-        source = await self._storage.locate(job.file_path)
+    async def _transcribe(self, attempt: Attempt) -> Transcript:
+        source = await self._storage.locate(attempt.file_path)
         progress = _Progress()
         writer = asyncio.create_task(self._write_progress(attempt, progress))
         try:
             return await self._compute.transcribe(
-                source, TranscriptionOptions.from_dict(job.options), progress.report
+                source, TranscriptionOptions.from_dict(attempt.options), progress.report
             )
         finally:
             writer.cancel()
@@ -112,24 +71,13 @@ class Transcriber:
                 written = progress.fraction
                 try:
                     await self._execute("write_progress", attempt, progress=written)
-                except psycopg.OperationalError as exc:  # the next one may get through
+                except (psycopg.OperationalError, PoolTimeout) as exc:
+                    # The next one may get through.
                     logger.warning("Progress not written: %s", exc)
-
-    async def _write_result(self, attempt: Attempt, transcript: Transcript) -> None:
-        held = await self._execute(
-            "write_result",
-            attempt,
-            result=Jsonb(transcript.to_dict()),
-            audio_seconds=transcript.duration,
-        )
-        if not held:
-            raise AttemptLost
-
-    async def _write_error(self, attempt: Attempt, exc: PgscribeError) -> None:
-        await self._execute("write_error", attempt, error_code=exc.code, error=str(exc))
 
     async def _execute(self, query: str, attempt: Attempt, **values: Any) -> bool:
         """Run a fenced statement; return whether the attempt still held its job."""
+        fence = {"job_id": attempt.job_id, "attempt": attempt.number}
         async with self._pool.connection() as conn:
-            cursor = await conn.execute(ATTEMPTS[query], {**asdict(attempt), **values})
+            cursor = await conn.execute(ATTEMPTS[query], {**fence, **values})
             return cursor.rowcount > 0

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import psycopg
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -37,6 +38,7 @@ def create_app(settings: Settings) -> Starlette:
             PgscribeError: problems.on_pgscribe_error,
             HTTPException: problems.on_http_exception,
             ClientDisconnect: problems.on_disconnect,
+            psycopg.OperationalError: problems.on_database_away,
             Exception: problems.on_unexpected_error,
         },
         lifespan=lifespan,

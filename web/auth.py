@@ -1,5 +1,6 @@
 """Who is asking: HS256 tokens as Supabase issues them."""
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -50,12 +51,24 @@ class TokenVerifier:
                 options={"require": ["exp", "sub", "aud"]},
             )
             claims["sub"] = str(UUID(claims["sub"]))
+            _check_storable(claims)
         except (jwt.InvalidTokenError, ValueError) as exc:
             reason = str(exc) if isinstance(exc, jwt.InvalidTokenError) else "sub is not a UUID"
             raise NotAuthenticated(f"The bearer token is not valid: {reason}") from exc
         if claims.get("role") != "authenticated":
             raise NotAllowed("The bearer token's role must be `authenticated`: sign in as a user")
         return claims
+
+
+def _check_storable(claims: Claims) -> None:
+    """Raise ``jwt.InvalidTokenError`` for claims that Postgres can't hold as JSON."""
+    try:
+        text = json.dumps(claims, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except ValueError as exc:
+        raise jwt.InvalidTokenError("a claim holds what JSON can't") from exc
+    if "\\u0000" in text:
+        raise jwt.InvalidTokenError("a claim holds a NUL character")
 
 
 def user_claims(request: Request) -> Claims:

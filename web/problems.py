@@ -17,6 +17,8 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
+    errors.JobConflict: HTTPStatus.CONFLICT,
+    errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
 }
 
@@ -38,6 +40,15 @@ async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     if status is None:
         return await on_unexpected_error(_, exc)
     return problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+
+
+async def on_database_away(_: Request, exc: Exception) -> Response:
+    """Answer while the database is away, or has broken the transaction off."""
+    logger.warning("The database does not answer: %s", exc)
+    away = errors.DatabaseUnavailable()
+    response = problem(HTTPStatus.SERVICE_UNAVAILABLE, away.code, str(away))
+    response.headers["Retry-After"] = "2"
+    return response
 
 
 async def on_http_exception(_: Request, exc: Exception) -> Response:

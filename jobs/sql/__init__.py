@@ -8,6 +8,8 @@ _HERE = Path(__file__).parent
 
 JOBS = named_queries.load(_HERE / "jobs.sql")
 ATTEMPTS = named_queries.load(_HERE / "attempts.sql")
+RETENTION = named_queries.load(_HERE / "retention.sql")
 SESSIONS = named_queries.load(_HERE / "sessions.sql")
 DEV = named_queries.load(_HERE / "dev.sql")
+OPERATE = named_queries.load(_HERE / "operate.sql")
 QUEUE = named_queries.load(_HERE / "queue.sql")

@@ -1,11 +1,23 @@
--- How an attempt ends its queue job, if it still holds it.
+-- What a worker says to the queue. The functions are pgscribe's, in db/migrations.
 
--- finish --
-select procrastinate.procrastinate_finish_job_v1(
-         held.job_id::bigint, %(status)s::procrastinate.procrastinate_job_status, %(delete_job)s)
-  from pgscribe.lock_held_job(%(queue_job_id)s, %(worker_id)s, %(attempts)s) held
+-- register --
+select worker_id from procrastinate.procrastinate_register_worker_v1()
 
--- retry --
-select procrastinate.procrastinate_retry_job_v2(
-         held.job_id::bigint, %(retry_at)s, %(priority)s, %(queue)s, %(lock)s)
-  from pgscribe.lock_held_job(%(queue_job_id)s, %(worker_id)s, %(attempts)s) held
+-- turn --
+select pgscribe.turn(
+  %(worker_id)s,
+  array(select e from jsonb_populate_recordset(null::pgscribe.ended_attempt, %(ended)s) e),
+  %(wanted)s, %(other_queues)s, %(max_attempts)s, %(announcement)s)
+
+-- beat --
+select pgscribe.beat(
+  %(worker_id)s, %(held)s, %(attempts)s, %(queue_jobs)s,
+  %(stall_timeout)s, %(max_attempts)s, %(sweep)s, %(echo_channel)s)
+
+-- sign_off --
+select pgscribe.sign_off(%(worker_id)s)
+
+-- prepare_connection --
+-- A worker's statements are short. What takes longer is stuck, and is tried again.
+select set_config('search_path', 'procrastinate, pg_temp', false),
+       set_config('statement_timeout', '8s', false), set_config('lock_timeout', '4s', false)

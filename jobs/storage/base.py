@@ -14,3 +14,7 @@ class Storage(Protocol):
     async def save(self, file_path: str, chunks: AsyncIterable[bytes]) -> int:
         """Store a stream, whole or not at all, and return its size in bytes."""
         ...
+
+    async def delete(self, file_path: str) -> bool:
+        """Delete a file; return whether there was one."""
+        ...

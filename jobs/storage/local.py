@@ -52,6 +52,14 @@ class LocalStorage:
             raise
         return size
 
+    async def delete(self, file_path: str) -> bool:
+        """Delete a file, and its folder if that is empty then; return whether there was one."""
+        try:
+            await asyncio.to_thread(self._discard, self._resolve(file_path))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, AudioNotFound):
+            return False
+        return True
+
     @staticmethod
     def _discard(upload: Path) -> None:
         upload.unlink()

@@ -81,14 +81,14 @@ def test_scheduled_at_reaches_the_queue(conn: psycopg.Connection, user: UUID) ->
 def test_deleting_a_job_takes_it_out_of_the_queue(conn: psycopg.Connection, user: UUID) -> None:
     conn.execute(INSERT, (user, "a/b"))
     conn.execute("delete from processing_jobs")
-    assert [job[4] for job in queue_jobs(conn)] == ["cancelled"]
+    assert queue_jobs(conn) == []
 
 
 def test_deleting_a_user_takes_their_jobs_along(conn: psycopg.Connection, user: UUID) -> None:
     conn.execute(INSERT, (user, "a/b"))
     conn.execute("delete from auth.users where id = %s", (user,))
     assert conn.execute("select count(*) from processing_jobs").fetchone() == (0,)
-    assert [job[4] for job in queue_jobs(conn)] == ["cancelled"]
+    assert queue_jobs(conn) == []
 
 
 def test_jobs_need_an_owner_that_exists(conn: psycopg.Connection) -> None:

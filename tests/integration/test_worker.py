@@ -14,18 +14,17 @@ from typing import Any, Self
 from uuid import UUID
 
 import ffmpeg
+import imageio_ffmpeg
 import psycopg
 import pytest
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from jobs import database, worker
+from jobs import worker
 from jobs.compute.local import LocalCompute
-from jobs.errors import AttemptLost, DatabaseUnavailable, EngineCrashed, PgscribeError
+from jobs.errors import EngineCrashed
 from jobs.models import Transcript, TranscriptionOptions
 from jobs.settings import Settings
-from jobs.storage.local import LocalStorage
-from jobs.transcription import Attempt, Transcriber
 
 pytestmark = pytest.mark.anyio
 
@@ -90,14 +89,15 @@ def jobs(database: str, user: UUID, settings: Settings) -> Jobs:
 def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 6 s of the sample."""
     path = tmp_path_factory.mktemp("audio") / "clip.wav"
-    ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000).run(quiet=True)
+    recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
+    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
     return path
 
 
 @asynccontextmanager
 async def running_worker(settings: Settings) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    task = asyncio.create_task(worker.run(settings, stop))
+    task = asyncio.create_task(worker.run(settings, stop, asyncio.Event()))
     try:
         yield
     finally:
@@ -136,7 +136,8 @@ async def test_rows_become_transcripts_also_scheduled_ones(
     assert transcript.segments[0].words
     assert with_prompt["status"] == "completed"
     queue = conn.execute(
-        "select status::text, count(*) from procrastinate.procrastinate_jobs group by 1"
+        "select status::text, count(*) from procrastinate.procrastinate_jobs"
+        " where queue_name = 'transcription' group by 1"
     )
     assert queue.fetchall() == [("succeeded", 2)]
 
@@ -254,8 +255,11 @@ async def test_a_deleted_job_stops_and_the_next_one_runs(
         row = await jobs.end(jobs.submit("clip.wav"))
         assert row["status"] == "completed"
         assert engine_processes().isdisjoint(before), "the deleted job's engine was stopped"
-    queue = conn.execute("select status::text from procrastinate.procrastinate_jobs order by id")
-    assert queue.fetchall() == [("aborted",), ("succeeded",)]
+    queue = conn.execute(
+        "select status::text from procrastinate.procrastinate_jobs"
+        " where queue_name = 'transcription' order by id"
+    )
+    assert queue.fetchall() == [("succeeded",)]
 
 
 @pytest.fixture
@@ -331,67 +335,55 @@ class HostileCompute:
         return Transcript("late", "en", 1.0, (), "test", options.model + source)
 
 
-@pytest.fixture
-def held(jobs: Jobs, conn: psycopg.Connection) -> Attempt:
-    """An attempt that a worker has just claimed."""
-    (jobs.folder / "a.wav").touch()
-    jobs.submit("a.wav")
-    row = conn.execute(
-        "select id, worker_id, attempts from procrastinate.procrastinate_fetch_job_v2(null,"
-        " (select worker_id from procrastinate.procrastinate_register_worker_v1()))"
-    ).fetchone()
-    assert row is not None
-    return Attempt(*row)
-
-
-@asynccontextmanager
-async def transcriber(settings: Settings, act: Callable[[], object]) -> AsyncIterator[Transcriber]:
-    async with database.make_pool(settings, name="test") as pool:
-        storage = LocalStorage(settings.storage_dir, max_bytes=1)
-        yield Transcriber(pool, storage, HostileCompute(act), timeout=60)
-
-
 async def test_a_late_writer_loses(
-    settings: Settings, held: Attempt, conn: psycopg.Connection
+    jobs: Jobs, settings: Settings, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While the attempt runs, its job is taken away and given to somebody else."""
+    (jobs.folder / "a.wav").touch()
+    job_id = jobs.submit("a.wav")
+
     def take_over() -> None:
-        conn.execute("update procrastinate.procrastinate_jobs set attempts = attempts + 1")
+        for status in ("todo", "doing"):
+            conn.execute(
+                f"update procrastinate.procrastinate_jobs set status = '{status}'".encode()
+            )
+        stopping.set()
 
-    async with transcriber(settings, take_over) as late:
-        with pytest.raises(AttemptLost):
-            await late.run(held)
-        with pytest.raises(AttemptLost):
-            await late.run(held)
-    row = conn.execute("select status, result, error from processing_jobs").fetchone()
-    assert row == ("processing", None, None)
+    stopping = asyncio.Event()
+    monkeypatch.setattr(worker, "LocalCompute", lambda _: HostileCompute(take_over))
+    async with running_worker(settings):
+        await stopping.wait()
+    row = await jobs.wait(job_id, "true")
+    assert (row["attempt"], row["result"], row["error"]) == (2, None, None)
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RuntimeError("a secret detail"), "failed", "internal_error"),
+        (psycopg.OperationalError("a secret detail"), "queued", "database_unavailable"),
+    ],
+)
 async def test_unexpected_errors_show_no_internals(
-    settings: Settings, held: Attempt, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture
+    jobs: Jobs,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    status: str,
+    code: str,
 ) -> None:
+    (jobs.folder / "a.wav").touch()
+
     def fail() -> None:
-        raise RuntimeError("a secret detail")
+        raise error
 
-    async with transcriber(settings, fail) as broken:
-        with pytest.raises(PgscribeError):
-            await broken.run(held)
-    row = conn.execute("select error_code, error from processing_jobs").fetchone()
-    assert row == ("internal_error", str(PgscribeError()))
-    assert "a secret detail" in caplog.text
-
-
-async def test_a_database_that_breaks_off_is_worth_another_attempt(
-    settings: Settings, held: Attempt, conn: psycopg.Connection
-) -> None:
-    def lose_connection() -> None:
-        raise psycopg.OperationalError("server closed the connection unexpectedly")
-
-    async with transcriber(settings, lose_connection) as broken:
-        with pytest.raises(DatabaseUnavailable) as caught:
-            await broken.run(held)
-    assert caught.value.retryable
-    row = conn.execute("select error_code from processing_jobs").fetchone()
-    assert row == ("database_unavailable",)
+    monkeypatch.setattr(worker, "LocalCompute", lambda _: HostileCompute(fail))
+    async with running_worker(settings):
+        row = await jobs.wait(jobs.submit("a.wav"), "error is not null")
+    assert (row["status"], row["error_code"]) == (status, code)
+    assert "a secret detail" not in row["error"]
+    assert ("a secret detail" in caplog.text) == (code == "internal_error")
 
 
 async def test_engines_get_no_secret_and_end_with_the_worker(

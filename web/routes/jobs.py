@@ -1,11 +1,12 @@
 """Submitting jobs and reading them."""
 
 import json
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -13,7 +14,7 @@ from starlette.routing import Route
 from jobs import service
 from jobs.database import as_user
 from jobs.errors import InvalidInput, JobNotFound
-from jobs.models import JobStatus
+from jobs.models import JobStatus, ProcessingJob
 from web.auth import user_claims
 
 MAX_BODY = 64 * 1024  # bytes of JSON
@@ -26,6 +27,8 @@ class ProcessRequest(BaseModel):
 
     file_path: str = Field(alias="filePath")
     options: dict[str, Any] = {}
+    scheduled_at: AwareDatetime | None = Field(None, alias="scheduledAt", strict=False)
+    priority: int = Field(0, ge=-100, le=100)
 
 
 async def _read_body(request: Request) -> bytes:
@@ -49,11 +52,21 @@ def _parse(body: bytes) -> ProcessRequest:
 
 
 async def process(request: Request) -> Response:
-    """``POST /process``: {filePath, options} -> 202 {jobId, status, message}."""
+    """``POST /process``: {filePath, options, …} -> 202 {jobId, status, message}.
+
+    With an ``Idempotency-Key`` that was sent before, the answer names the job of that time.
+    """
     claims = user_claims(request)
     body = _parse(await _read_body(request))
     async with as_user(request.app.state.pool, claims) as conn:
-        job_id = await service.submit(conn, body.file_path, body.options)
+        job_id = await service.submit(
+            conn,
+            body.file_path,
+            body.options,
+            scheduled_at=body.scheduled_at,
+            priority=body.priority,
+            idempotency_key=request.headers.get("idempotency-key"),
+        )
     return JSONResponse(
         {
             "jobId": str(job_id),
@@ -67,13 +80,29 @@ async def process(request: Request) -> Response:
 
 async def get_job(request: Request) -> Response:
     """``GET /jobs/{jobId}``: the row."""
+    return await _on_job(request, service.get)
+
+
+async def cancel_job(request: Request) -> Response:
+    """``POST /jobs/{jobId}/cancel``: the row; 409 if the job has completed or failed."""
+    return await _on_job(request, service.cancel)
+
+
+async def retry_job(request: Request) -> Response:
+    """``POST /jobs/{jobId}/retry``: the row; 409 unless the job has failed or was cancelled."""
+    return await _on_job(request, service.retry)
+
+
+async def _on_job(
+    request: Request, act: Callable[[service.Connection, UUID], Awaitable[ProcessingJob]]
+) -> Response:
     claims = user_claims(request)
     try:
         job_id = UUID(request.path_params["job_id"])
     except ValueError:
         raise JobNotFound from None
     async with as_user(request.app.state.pool, claims) as conn:
-        job = await service.get(conn, job_id)
+        job = await act(conn, job_id)
     return JSONResponse(job.model_dump(mode="json"))
 
 
@@ -103,4 +132,6 @@ routes = [
     Route("/process", process, methods=["POST"]),
     Route("/jobs", list_jobs),
     Route("/jobs/{job_id}", get_job),
+    Route("/jobs/{job_id}/cancel", cancel_job, methods=["POST"]),
+    Route("/jobs/{job_id}/retry", retry_job, methods=["POST"]),
 ]

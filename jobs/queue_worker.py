@@ -1,0 +1,491 @@
+"""A procrastinate worker that claims fairly and in batches, whatever its database does."""
+
+import asyncio
+import contextlib
+import inspect
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol, cast
+
+import attr
+import procrastinate
+import psycopg
+from procrastinate import exceptions, job_context, middleware, utils
+from procrastinate import jobs as queue_jobs
+from procrastinate import worker as procrastinate_worker
+
+from jobs.backoff import Backoff
+from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
+from jobs.listener import Listener
+from jobs.models import Attempt
+from jobs.queue import OTHER_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Ended, Queue
+from jobs.wakeups import Wakeups, announcement
+
+logger = logging.getLogger(__name__)
+
+LONGEST_BEAT = 10.0  # seconds between heartbeats, at most
+ECHO_TIMEOUT = 2.0  # seconds for a notification to arrive
+POLL_DEAF = 2.0  # seconds between looks while notifications don't arrive
+POLL = 30.0  # seconds between looks while they do, in case one was lost all the same
+SIGN_OFF_TIMEOUT = 3.0  # seconds that a stopping worker tries to tell the database
+CHANNELS = (
+    "pgscribe_workers",
+    *(f"procrastinate_queue_v1#{name}" for name in (QUEUE_NAME, *OTHER_QUEUES)),
+)
+
+
+class Transcribed(Protocol):
+    """What a transcription task returns."""
+
+    @property
+    def duration(self) -> float:
+        """Length of the audio in seconds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON."""
+
+
+@attr.dataclass(frozen=True, kw_only=True)
+class Job(queue_jobs.Job):
+    """procrastinate's job, with what a transcription task needs to know of its processing job."""
+
+    attempt: Attempt | None = None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job that runs here. ``stopped`` says why it was told to stop, if it was."""
+
+    claimed: ClaimedJob
+    task: asyncio.Task[None] | None = None
+    stopped: str | None = None
+
+    def stop(self, reason: str) -> None:
+        if self.stopped is None and self.task is not None:
+            self.stopped = reason
+            self.task.cancel()
+
+
+class Worker(procrastinate_worker.Worker):
+    """Runs procrastinate's tasks; see docs/decisions/0002-queue.md for what it adds.
+
+    One loop talks to the database: a *turn* ends what has ended and claims what there are slots
+    for, a *beat* says that this worker is alive. What is ready goes at once; what becomes ready
+    during a turn waits for the next one, so batches form by themselves. An error of the
+    database only delays the next turn.
+    """
+
+    def __init__(
+        self,
+        app: procrastinate.App,
+        *,
+        queue: Queue,
+        listener: Callable[..., Listener],
+        stall_timeout: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(app, **options)
+        self._queue = queue
+        self._listener = listener(
+            CHANNELS, on_notify=self._on_notify, on_connect=self._on_listening
+        )
+        self._beat_interval = min(LONGEST_BEAT, stall_timeout / 3)
+        self._stall_timeout = stall_timeout
+        self._id = 0
+        self._wakeups = Wakeups(time.monotonic)
+        self._changed = asyncio.Event()
+        self._running: dict[int, _Running] = {}  # by the queue job's id
+        self._ended: deque[tuple[ClaimedJob, Ended]] = deque()
+        self._busy: list[tuple[ClaimedJob, Ended]] = []  # their rows are locked by somebody else
+        self._busy_backoff = Backoff(0.02, 1.0)
+        self._busy_until = 0.0
+        self._missed_backoff = Backoff(0.05, 2.0)
+        self._abort_requested = False
+        self._next_beat = 0.0
+        self._next_poll = 0.0
+        self._next_echo_check: float | None = None
+        self._last_contact = time.monotonic()
+        self._sweep_from = 0.0
+        self._draining = False
+        self._stop_at: float | None = None
+
+    # Starting and stopping
+
+    async def run(self) -> None:
+        """Run until stopped or cancelled; then let running jobs finish for the graceful timeout.
+
+        Jobs that take longer are given back to the queue. It never ends by itself.
+        """
+        self._stop_event.clear()
+        self._loop = asyncio.get_running_loop()
+        stopping = asyncio.create_task(self._drain_when_stopped())
+        side_tasks = [
+            asyncio.create_task(self._forever(self._listener.run)),
+            asyncio.create_task(self._forever(self._periodic_deferrer)),
+        ]
+        try:
+            await self._talk()
+        finally:
+            self._loop = None
+            for task in (stopping, *side_tasks):
+                task.cancel()
+            for running in self._running.values():
+                running.stop("shutdown")
+            await asyncio.gather(stopping, *side_tasks, return_exceptions=True)
+            await self._queue.close()
+
+    def stop(self) -> None:
+        """Claim no more jobs, let the running ones finish for the graceful timeout, then end."""
+        super().stop()  # type: ignore[no-untyped-call]
+
+    def stop_now(self) -> None:
+        """Stop without waiting for running jobs; they are given back to the queue."""
+        self.shutdown_graceful_timeout = 0.0
+        self.stop()
+        self._stop_at = 0.0
+        self._changed.set()
+
+    async def _drain_when_stopped(self) -> None:
+        await self._stop_event.wait()
+        self._draining = True
+        if self.shutdown_graceful_timeout is not None and self._stop_at is None:
+            self._stop_at = time.monotonic() + self.shutdown_graceful_timeout
+        self._changed.set()
+
+    async def _forever(self, side_task: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Run a side task for as long as the worker runs: whatever ends it, it is started again."""
+        backoff = Backoff(1.0, 30.0)
+        while True:
+            try:
+                await side_task()
+            except Exception:
+                logger.exception("A side task of the worker failed; it is started again")
+            await backoff.sleep()
+
+    # The loop that talks to the database
+
+    async def _talk(self) -> None:
+        backoff = Backoff()
+        away_since: float | None = None
+        while not self._done():
+            try:
+                if not self._id:
+                    self._id = await self._queue.register()
+                    self.worker_id = self._id
+                    self._next_beat = 0.0
+                    self._wakeups.add_own()
+                await self._take_turn_or_wait()
+                backoff.reset()
+                if away_since is not None:
+                    logger.warning("Back in touch after %.1f s", time.monotonic() - away_since)
+                    away_since = None
+                self._last_contact = time.monotonic()
+            except DatabaseUnavailable as exc:
+                if away_since is None:
+                    away_since = time.monotonic()
+                    logger.warning("The database does not answer, trying again: %s", exc)
+                if (
+                    self._stop_at is not None
+                    and time.monotonic() > self._stop_at + SIGN_OFF_TIMEOUT
+                ):
+                    logger.warning("Gave up signing off: the database is out of reach")
+                    return
+                self._stop_what_takes_too_long()
+                await backoff.sleep()
+        with contextlib.suppress(DatabaseUnavailable):
+            await self._queue.sign_off(self._id)
+
+    def _done(self) -> bool:
+        return self._draining and not (self._running or self._ended or self._busy)
+
+    async def _take_turn_or_wait(self) -> None:
+        now = time.monotonic()
+        self._stop_what_takes_too_long()
+        if self._next_echo_check is not None and now >= self._next_echo_check:
+            self._next_echo_check = None
+            self._listener.check_echo()
+        if now >= self._next_beat:
+            await self._beat()
+        if self._busy and now >= self._busy_until:
+            self._ended.extend(self._busy)
+            self._busy.clear()
+        self._changed.clear()
+        free = 0 if self._draining else self.concurrency - len(self._running)
+        if free and now >= self._next_poll:
+            self._wakeups.add_own()
+        if self._ended or self._abort_requested or (free and self._wakeups.due):
+            await self._turn(free)
+        elif not self._done():
+            times = [self._next_beat, self._next_echo_check, self._busy_until, self._stop_at]
+            times += [self._next_poll, self._wakeups.next()] if free else []
+            await self._wait_for_change(min(at for at in times if at and at > now))
+
+    async def _wait_for_change(self, until: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(until - time.monotonic()):
+                await self._changed.wait()
+
+    async def _turn(self, free: int) -> None:
+        ended = list(self._ended)
+        reached = self._wakeups.reached()
+        self._abort_requested = False
+        try:
+            turn = await self._queue.turn(
+                self._id,
+                [end for _, end in ended],
+                free,
+                announcement(reached) if free and self._wakeups.workers > 1 else None,
+            )
+        except UNUSABLE as exc:
+            await self._end_one_by_one(ended, exc)
+            return
+        for _ in ended:
+            self._ended.popleft()
+        busy = [pair for pair in ended if pair[1].job_id in turn.busy]
+        if busy:
+            self._busy.extend(busy)
+            self._busy_until = time.monotonic() + self._busy_backoff.next()
+        else:
+            self._busy_backoff.reset()
+        for claimed in turn.jobs:
+            self._start(claimed)
+        if free:
+            self._next_poll = time.monotonic() + (POLL if self._listener.hears else POLL_DEAF)
+            self._wakeups.forget(reached)
+            if turn.more:
+                self._wakeups.add_own()
+            if turn.missed:
+                self._wakeups.add_own(self._missed_backoff.next())
+            else:
+                self._missed_backoff.reset()
+        if turn.due is not None:
+            at, seconds = turn.due
+            self._wakeups.add(int(at * 1000), max(seconds, 0.0) + 0.001)
+        for queue_job_id in turn.abort & self._running.keys():
+            self._running[queue_job_id].stop("cancel")
+
+    async def _end_one_by_one(
+        self, ended: list[tuple[ClaimedJob, Ended]], exc: psycopg.Error
+    ) -> None:
+        """Find the result that Postgres can't store, and fail its job; end the others."""
+        if not ended:
+            raise DatabaseUnavailable(str(exc)) from exc
+        for claimed, end in ended:
+            try:
+                await self._queue.turn(self._id, [end], 0, None)
+            except UNUSABLE as unusable:
+                logger.exception("How queue job %s ended can't be stored", end.queue_job_id)
+                refused = ResultNotStorable()
+                failed = claimed.end("failed", error_code=refused.code, error=str(refused))
+                if end == failed:
+                    raise DatabaseUnavailable(str(unusable)) from unusable
+                self._ended.append((claimed, failed))
+            self._ended.popleft()
+
+    async def _beat(self) -> None:
+        held = [running.claimed for running in self._running.values()]
+        held += [claimed for claimed, _ in (*self._ended, *self._busy)]
+        now = time.monotonic()
+        if now - self._last_contact > self._stall_timeout:
+            # Out of touch for that long: the others may have been, too, and need time to report.
+            self._sweep_from = now + self._stall_timeout
+        self._listener.expect_echo()
+        beat = await self._queue.beat(
+            self._id,
+            held,
+            sweep=now >= self._sweep_from,
+            echo_channel=self._listener.echo_channel,
+        )
+        now = time.monotonic()
+        self._next_beat = now + self._beat_interval
+        self._next_echo_check = now + min(ECHO_TIMEOUT, self._beat_interval / 2)
+        if beat is None:
+            logger.warning("Worker %s was presumed dead; its jobs are no longer its own", self._id)
+            self._id = 0
+            self._ended.clear()
+            self._busy.clear()
+            for running in self._running.values():
+                running.stop("lost")
+            return
+        self._wakeups.rank, self._wakeups.workers = beat.rank, max(beat.workers, 1)
+        if beat.stall is not None:
+            self._next_beat = min(self._next_beat, now + max(beat.stall, 0.0) + 0.2)
+        if beat.orphans:
+            logger.warning("Gave back %s jobs whose claim went unheard", beat.orphans)
+        if beat.swept:
+            logger.warning("Swept %s jobs of workers presumed dead", beat.swept)
+        for running in self._running.values():
+            if running.claimed.attempt and running.claimed.attempt.job_id in beat.lost:
+                running.stop("lost")
+
+    # Notifications: hints to look, never the truth
+
+    def _on_listening(self) -> None:
+        self._wakeups.add_own()  # whatever was sent during the gap
+        self._abort_requested = True
+        self._changed.set()
+
+    def _on_notify(self, channel: str, payload: str) -> None:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            message = json.loads(payload)
+            if channel == "pgscribe_workers":
+                self._wakeups.forget(token for token in message if isinstance(token, int))
+            elif message["type"] == "abort_job_requested":
+                if message["job_id"] in self._running:
+                    self._abort_requested = True
+                    self._changed.set()
+            elif message["type"] == "job_inserted" and len(self._running) < self.concurrency:
+                self._wakeups.add(int(message["job_id"]))
+                self._changed.set()
+
+    # Running jobs
+
+    def _start(self, claimed: ClaimedJob) -> None:
+        running = _Running(claimed)
+        self._running[claimed.queue_job_id] = running
+        running.task = asyncio.create_task(self._run_job(running))
+
+    async def _run_job(self, running: _Running) -> None:
+        claimed = running.claimed
+        end: Ended | None
+        try:
+            end = await self._carry_out(running)
+        except asyncio.CancelledError:
+            end = {
+                "cancel": claimed.end("cancelled"),
+                "shutdown": claimed.end("released"),
+                "lost": None,
+            }[running.stopped or "shutdown"]
+        except Exception:
+            logger.exception("Queue job %s could not be run", claimed.queue_job_id)
+            end = claimed.end("failed", error_code=PgscribeError.code, error=str(PgscribeError()))
+        finally:
+            del self._running[claimed.queue_job_id]
+        if end is not None:
+            self._ended.append((claimed, end))
+        self._changed.set()
+
+    async def _carry_out(self, running: _Running) -> Ended:
+        claimed = running.claimed
+        job = Job(
+            id=claimed.queue_job_id,
+            status="doing",
+            queue=claimed.queue_name,
+            priority=claimed.priority,
+            lock=claimed.lock,
+            queueing_lock=None,
+            task_name=claimed.task_name,
+            task_kwargs=claimed.args,
+            attempts=claimed.attempts,
+            worker_id=self._id,
+            attempt=claimed.attempt,
+        )
+        context = job_context.JobContext(
+            app=self.app,
+            worker_name=self.worker_name,
+            worker_queues=self.queues,
+            additional_context=dict(self.additional_context or {}),
+            job=job,
+            abort_reason=lambda: _abort_reason(running),
+            start_timestamp=time.time(),
+        )
+        task = self.app.tasks.get(claimed.task_name)
+        if task is None:
+            return self._failed(claimed, job, None, exceptions.TaskNotFound(claimed.task_name))
+
+        async def call() -> Any:
+            arguments = (context,) if task.pass_context else ()
+            if inspect.iscoroutinefunction(task.func):
+                return await task(*arguments, **job.task_kwargs)
+            return await utils.sync_to_async(task, *arguments, **job.task_kwargs)
+
+        try:
+            result = await middleware.compose(
+                self.worker_middleware,
+                middleware.compose(task.task_middleware, call, context, self),
+                context,
+                self,
+            )()
+        except exceptions.JobAborted:
+            return claimed.end("cancelled")
+        except Exception as exc:  # noqa: BLE001 - whatever a task raises ends its job only
+            return self._failed(claimed, job, task, exc)
+        if claimed.attempt is None:
+            return claimed.end("succeeded")
+        transcript = cast(Transcribed, result)
+        return claimed.end(
+            "succeeded", result=transcript.to_dict(), audio_seconds=transcript.duration
+        )
+
+    def _failed(
+        self,
+        claimed: ClaimedJob,
+        job: Job,
+        task: procrastinate.tasks.Task[Any, Any, Any] | None,
+        exc: Exception,
+    ) -> Ended:
+        if isinstance(exc, psycopg.OperationalError):
+            exc = DatabaseUnavailable()
+        elif not isinstance(exc, PgscribeError):
+            logger.error("Queue job %s failed", claimed.queue_job_id, exc_info=exc)
+            exc = PgscribeError()
+        error = {"error_code": exc.code, "error": str(exc)} if claimed.attempt else {}
+        retry = task.get_retry_exception(exception=exc, job=job) if task else None
+        if retry is None:
+            logger.info("Queue job %s failed: %s", claimed.queue_job_id, exc.code)
+            return claimed.end("failed", **error)
+        # Our clock may be wrong: the difference is right on any clock.
+        at = retry.retry_decision.retry_at
+        seconds = max(0.0, (at - datetime.now(UTC)).total_seconds()) if at else 0.0
+        logger.info(
+            "Queue job %s failed: %s; again in %.1f s", claimed.queue_job_id, exc.code, seconds
+        )
+        return claimed.end("retry", retry_after=seconds, **error)
+
+    def _stop_what_takes_too_long(self) -> None:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            for running in self._running.values():
+                running.stop("shutdown")
+
+
+def _abort_reason(running: _Running) -> job_context.AbortReason | None:
+    reasons: dict[str | None, job_context.AbortReason] = {
+        "cancel": job_context.AbortReason.USER_REQUEST,
+        "shutdown": job_context.AbortReason.SHUTDOWN,
+        "lost": job_context.AbortReason.SHUTDOWN,
+    }
+    return reasons.get(running.stopped)
+
+
+class App(procrastinate.App):
+    """procrastinate's app, whose worker is ours: also for ``procrastinate worker``."""
+
+    def __init__(
+        self,
+        *,
+        queue: Callable[[], Queue],
+        listener: Callable[..., Listener],
+        stall_timeout: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._new_queue = queue
+        self._new_listener = listener
+        self._stall_timeout = stall_timeout
+
+    def _worker(self, **options: Any) -> Worker:
+        return Worker(
+            self,
+            queue=self._new_queue(),
+            listener=self._new_listener,
+            stall_timeout=self._stall_timeout,
+            **{**self.worker_defaults, **options},
+        )
+
+    #: A worker that is not running yet; its options are procrastinate's.
+    new_worker = _worker

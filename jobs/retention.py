@@ -1,0 +1,64 @@
+"""What is kept how long: old queue jobs, jobs and audio are deleted in batches."""
+
+import logging
+
+from jobs.database import Pool
+from jobs.settings import Settings
+from jobs.sql import RETENTION
+from jobs.storage.base import Storage
+
+logger = logging.getLogger(__name__)
+
+BATCH = 1000  # rows a transaction: short enough that nobody waits for it
+
+
+async def prune(pool: Pool, storage: Storage, settings: Settings) -> dict[str, int]:
+    """Delete what the settings no longer keep and return how much of each kind that was.
+
+    Several workers may do this at once; each kind is pruned by one of them at a time.
+    """
+    ages = {
+        "queue_jobs": settings.keep_queue_jobs_days,
+        "completed": settings.keep_completed_days,
+        "failed": settings.keep_failed_days,
+        "cancelled": settings.keep_cancelled_days,
+    }
+    pruned = {}
+    if settings.keep_audio_days is not None:
+        pruned["audio"] = await _prune_audio(pool, storage, settings.keep_audio_days)
+    for what, days in ages.items():
+        if days is not None:
+            pruned[what] = await _prune_rows(pool, what, days)
+    logger.info("Pruned %s", pruned)
+    return pruned
+
+
+async def _prune_rows(pool: Pool, what: str, days: int) -> int:
+    total = 0
+    while True:
+        async with pool.connection() as conn:
+            cursor = await conn.execute(
+                RETENTION["prune"], {"what": what, "days": days, "batch": BATCH}
+            )
+            row = await cursor.fetchone()
+        assert row is not None
+        pruned: int = row[0]
+        total += pruned
+        if pruned < BATCH:
+            return total
+
+
+async def _prune_audio(pool: Pool, storage: Storage, days: int) -> int:
+    total = 0
+    while True:
+        async with pool.connection() as conn:
+            cursor = await conn.execute(RETENTION["expired_audio"], {"days": days, "batch": BATCH})
+            row = await cursor.fetchone()
+        assert row is not None
+        paths, reached = row
+        if reached is None:
+            return total
+        for path in paths:
+            total += await storage.delete(path)
+        async with pool.connection() as conn:
+            await conn.execute(RETENTION["audio_pruned"], {"reached": reached})
