@@ -32,6 +32,7 @@ LONGEST_BEAT = 10.0  # seconds between heartbeats, at most
 ECHO_TIMEOUT = 2.0  # seconds for a notification to arrive
 POLL_DEAF = 2.0  # seconds between looks while notifications don't arrive
 POLL = 30.0  # seconds between looks while they do, in case one was lost all the same
+SWEEP_STEP = 0.02  # seconds from one worker's look for dead ones to the next one's
 SIGN_OFF_TIMEOUT = 3.0  # seconds that a stopping worker tries to tell the database
 CHANNELS = (
     "pgscribe_workers",
@@ -314,7 +315,9 @@ class Worker(procrastinate_worker.Worker):
             return
         self._wakeups.rank, self._wakeups.workers = beat.rank, max(beat.workers, 1)
         if beat.stall is not None:
-            self._next_beat = min(self._next_beat, now + max(beat.stall, 0.0) + 0.2)
+            # In turn, and not too often while nobody may be swept yet.
+            pause = beat.stall + SWEEP_STEP * (beat.rank + 1) if beat.stall > 0 else 1.0
+            self._next_beat = min(self._next_beat, now + pause)
         if beat.orphans:
             logger.warning("Gave back %s jobs whose claim went unheard", beat.orphans)
         if beat.swept:

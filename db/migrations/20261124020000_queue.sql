@@ -440,7 +440,9 @@ declare
   woken uuid[];
   visited uuid[];
   more boolean;
+  more_due boolean;
   planned uuid[];
+  start_tags double precision[];
   claimed uuid[];
   queue_job_ids bigint[];
   jobs jsonb;
@@ -459,7 +461,7 @@ begin
                      where d.status = 'queued' and d.due_at <= now()
                      order by d.due_at limit 1000 for update skip locked)
     returning p.user_id)
-  select array_agg(distinct user_id) into woken from due;
+  select array_agg(distinct user_id), count(*) = 1000 into woken, more_due from due;
   -- New jobs. An owner who comes back starts level with the others, not with what they saved up.
   with news as (delete from pgscribe.woken_owners returning owner_id)
   select array_agg(distinct owner_id) into woken from (
@@ -496,9 +498,10 @@ begin
   chosen as (select * from jobs order by start_tag, queue_job_id limit wanted)
   select (select array_agg(owner_id) from candidates),
          (select array_agg(id order by start_tag, queue_job_id) from chosen),
+         (select array_agg(start_tag order by start_tag, queue_job_id) from chosen),
          exists (select from candidates c where c.depth < least(c.room, wanted)
                    and c.depth = (select count(*) from jobs j where j.owner_id = c.owner_id))
-    into visited, planned, more;
+    into visited, planned, start_tags, more;
   select array_agg(l.id), array_agg(l.queue_job_id) into claimed, queue_job_ids from (
     select p.id, q.id as queue_job_id
       from unnest(planned) c (id) join public.processing_jobs p on p.id = c.id
@@ -510,10 +513,12 @@ begin
      select from public.processing_jobs p
       where p.user_id = s.owner_id and p.status = 'queued' and p.due_at is null and p.id <> all (coalesce(claimed, '{}')));
   if claimed is null then
-    return jsonb_build_object('jobs', '[]'::jsonb, 'more', false, 'missed', coalesce(cardinality(planned), 0));
+    return jsonb_build_object('jobs', '[]'::jsonb, 'more', more_due, 'missed', coalesce(cardinality(planned), 0));
   end if;
 
-  -- Charge the owners. Start tags never run backwards.
+  -- Charge the owners. Virtual time never runs backwards.
+  update pgscribe.fair_queue set virtual_time = greatest(virtual_time, (
+    select max(tag) from unnest(planned, start_tags) c (id, tag) where c.id = any (claimed)));
   with charges as (
     select p.user_id, sum(case p.attempt when 0 then p.estimated_seconds else 0 end) as seconds
       from public.processing_jobs p where p.id = any (claimed) group by 1)
@@ -531,19 +536,24 @@ begin
          order by array_position(planned, p.id)) into jobs
     from public.processing_jobs p join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
    where p.id = any (claimed);
-  return jsonb_build_object('jobs', jobs, 'more', more, 'missed', cardinality(planned) - cardinality(claimed));
+  return jsonb_build_object('jobs', jobs, 'more', more or more_due, 'missed', cardinality(planned) - cardinality(claimed));
 end $$;
 comment on function pgscribe.claim_jobs is
   'Claims up to so many jobs for a worker, fairly between owners. Null while the queue is paused; more: there are more to claim; missed: jobs that somebody else has locked.';
 
 create function pgscribe.correct_shares(owners uuid[], corrections double precision[], lengths double precision[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  now_serving double precision;
 begin
-  perform from pgscribe.fair_queue for update;
+  select virtual_time into now_serving from pgscribe.fair_queue for update;
+  -- What is given back counts towards the next job, not towards a lead over whoever came meanwhile.
   update pgscribe.owner_shares s set
-      virtual_time = s.virtual_time + c.correction / coalesce(l.weight, 1),
+      virtual_time = greatest(s.virtual_time + c.correction / coalesce(l.weight, 1),
+        least(s.virtual_time, now_serving - c.largest_refund / coalesce(l.weight, 1))),
       mean_seconds = coalesce(0.8 * s.mean_seconds + 0.2 * c.mean, c.mean, s.mean_seconds)
-    from (select owner_id, sum(correction) as correction, avg(length) as mean
+    from (select owner_id, sum(correction) as correction, greatest(max(-correction), 0) as largest_refund,
+                 avg(length) as mean
             from unnest(owners, corrections, lengths) u (owner_id, correction, length) group by 1) c
     left join pgscribe.owner_limits l using (owner_id)
    where s.owner_id = c.owner_id;
@@ -605,7 +615,7 @@ begin
       wanted := wanted - jsonb_array_length(others);
     end if;
     due := least(
-      (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at is not null),
+      (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at > now()),
       (select min(q.scheduled_at) from procrastinate.procrastinate_jobs q
         where q.status = 'todo' and q.scheduled_at > now() and q.queue_name = any (other_queues)));
     if announcement is not null and wanted > 0 and not coalesce((claim ->> 'more')::boolean, false) then
@@ -740,6 +750,9 @@ comment on function public.pause_owner is 'Starts no more jobs of an owner until
 create function public.resume_owner(owner_id uuid) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
   update pgscribe.owner_limits l set paused_at = null where l.owner_id = resume_owner.owner_id;
+  -- They start level with the others, not with what they would have been given meanwhile.
+  select from pgscribe.fair_queue for update;
+  update pgscribe.owner_shares s set waiting = false where s.owner_id = resume_owner.owner_id;
   insert into pgscribe.woken_owners (owner_id) values (resume_owner.owner_id);
   select pgscribe.wake_workers();
 $$;
@@ -791,7 +804,9 @@ begin
   if what = 'queue_jobs' then
     delete from procrastinate.procrastinate_jobs q using public.processing_jobs p
      where p.id = any (ids) and q.id = p.job_id::bigint;
-    if pruned < batch then  -- those of another kind are few
+    if pruned < batch then  -- those of another kind are few, and so are owners who are gone
+      perform from pgscribe.fair_queue for update;
+      delete from pgscribe.owner_shares s where not exists (select from auth.users u where u.id = s.owner_id);
       delete from procrastinate.procrastinate_jobs q
        where q.queue_name <> 'transcription' and q.status not in ('todo', 'doing') and not exists (
          select from procrastinate.procrastinate_events e where e.job_id = q.id and e.at >= cutoff);
