@@ -95,6 +95,11 @@ class ClaimedJob:
             attempt,
         )
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """The queue job's id and the number of this claim of it."""
+        return self.queue_job_id, self.attempt.number if self.attempt else self.attempts
+
     def end(self, outcome: OutcomeName, **values: Any) -> Ended:
         """Return how this attempt ended."""
         if self.attempt is None:

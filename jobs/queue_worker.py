@@ -2,28 +2,24 @@
 
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Any
 
-import attr
 import procrastinate
 import psycopg
-from procrastinate import exceptions, job_context, middleware, utils
-from procrastinate import jobs as queue_jobs
+from procrastinate import exceptions, job_context, signals
 from procrastinate import worker as procrastinate_worker
 
+from jobs import execution
 from jobs.backoff import Backoff
 from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
 from jobs.listener import Listener
-from jobs.models import Attempt
-from jobs.queue import OTHER_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Ended, Queue
+from jobs.queue import OTHER_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Ended, Queue, Turn
 from jobs.wakeups import Wakeups, announcement
 
 logger = logging.getLogger(__name__)
@@ -34,28 +30,11 @@ POLL_DEAF = 2.0  # seconds between looks while notifications don't arrive
 POLL = 30.0  # seconds between looks while they do, in case one was lost all the same
 SWEEP_STEP = 0.02  # seconds from one worker's look for dead ones to the next one's
 SIGN_OFF_TIMEOUT = 3.0  # seconds that a stopping worker tries to tell the database
+WORKERS_CHANNEL = "pgscribe_workers"
 CHANNELS = (
-    "pgscribe_workers",
+    WORKERS_CHANNEL,
     *(f"procrastinate_queue_v1#{name}" for name in (QUEUE_NAME, *OTHER_QUEUES)),
 )
-
-
-class Transcribed(Protocol):
-    """What a transcription task returns."""
-
-    @property
-    def duration(self) -> float:
-        """Length of the audio in seconds."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON."""
-
-
-@attr.dataclass(frozen=True, kw_only=True)
-class Job(queue_jobs.Job):
-    """procrastinate's job, with what a transcription task needs to know of its processing job."""
-
-    attempt: Attempt | None = None
 
 
 @dataclass(slots=True)
@@ -100,7 +79,7 @@ class Worker(procrastinate_worker.Worker):
         self._id = 0
         self._wakeups = Wakeups(time.monotonic)
         self._changed = asyncio.Event()
-        self._running: dict[int, _Running] = {}  # by the queue job's id
+        self._running: dict[tuple[int, int], _Running] = {}  # by ClaimedJob.key
         self._ended: deque[tuple[ClaimedJob, Ended]] = deque()
         self._busy: list[tuple[ClaimedJob, Ended]] = []  # their rows are locked by somebody else
         self._busy_backoff = Backoff(0.02, 1.0)
@@ -120,17 +99,25 @@ class Worker(procrastinate_worker.Worker):
     async def run(self) -> None:
         """Run until stopped or cancelled; then let running jobs finish for the graceful timeout.
 
-        Jobs that take longer are given back to the queue. It never ends by itself.
+        Jobs that take longer are given back to the queue. Without ``wait`` it also ends once there
+        is nothing to do; nothing else ends it.
         """
         self._stop_event.clear()
         self._loop = asyncio.get_running_loop()
+        talking = asyncio.create_task(self._talk())
         stopping = asyncio.create_task(self._drain_when_stopped())
         side_tasks = [
             asyncio.create_task(self._forever(self._listener.run)),
             asyncio.create_task(self._forever(self._periodic_deferrer)),
         ]
+        on_signals = signals.on_stop if self.install_signal_handlers else contextlib.nullcontext
         try:
-            await self._talk()
+            with on_signals(self.stop):
+                await asyncio.shield(talking)
+        except asyncio.CancelledError:
+            self.stop()
+            await talking
+            raise
         finally:
             self._loop = None
             for task in (stopping, *side_tasks):
@@ -164,6 +151,8 @@ class Worker(procrastinate_worker.Worker):
         while True:
             try:
                 await side_task()
+            except exceptions.ConnectorException as exc:
+                logger.warning("The database does not answer a side task of the worker: %s", exc)
             except Exception:
                 logger.exception("A side task of the worker failed; it is started again")
             await backoff.sleep()
@@ -197,6 +186,7 @@ class Worker(procrastinate_worker.Worker):
                     logger.warning("Gave up signing off: the database is out of reach")
                     return
                 self._stop_what_takes_too_long()
+                self._next_beat = 0.0  # what was sent may have been done: compare
                 await backoff.sleep()
         with contextlib.suppress(DatabaseUnavailable):
             await self._queue.sign_off(self._id)
@@ -247,28 +237,37 @@ class Worker(procrastinate_worker.Worker):
             return
         for _ in ended:
             self._ended.popleft()
-        busy = [pair for pair in ended if pair[1].job_id in turn.busy]
+        self._put_off([pair for pair in ended if pair[1].job_id in turn.busy])
+        for claimed in turn.jobs:
+            self._start(claimed)
+        for (queue_job_id, _), running in self._running.items():
+            if queue_job_id in turn.abort:
+                running.stop("cancel")
+        if free:
+            self._wakeups.forget(reached)
+            self._plan_next_look(turn)
+            if not (self.wait or self._running or turn.more):
+                self.stop()
+
+    def _put_off(self, busy: list[tuple[ClaimedJob, Ended]]) -> None:
+        """End these a little later: somebody else has locked their rows."""
         if busy:
             self._busy.extend(busy)
             self._busy_until = time.monotonic() + self._busy_backoff.next()
         else:
             self._busy_backoff.reset()
-        for claimed in turn.jobs:
-            self._start(claimed)
-        if free:
-            self._next_poll = time.monotonic() + (POLL if self._listener.hears else POLL_DEAF)
-            self._wakeups.forget(reached)
-            if turn.more:
-                self._wakeups.add_own()
-            if turn.missed:
-                self._wakeups.add_own(self._missed_backoff.next())
-            else:
-                self._missed_backoff.reset()
+
+    def _plan_next_look(self, turn: Turn) -> None:
+        self._next_poll = time.monotonic() + (POLL if self._listener.hears else POLL_DEAF)
+        if turn.more:
+            self._wakeups.add_own()
+        if turn.missed:
+            self._wakeups.add_own(self._missed_backoff.next())
+        else:
+            self._missed_backoff.reset()
         if turn.due is not None:
             at, seconds = turn.due
             self._wakeups.add(int(at * 1000), max(seconds, 0.0) + 0.001)
-        for queue_job_id in turn.abort & self._running.keys():
-            self._running[queue_job_id].stop("cancel")
 
     async def _end_one_by_one(
         self, ended: list[tuple[ClaimedJob, Ended]], exc: psycopg.Error
@@ -334,30 +333,42 @@ class Worker(procrastinate_worker.Worker):
         self._changed.set()
 
     def _on_notify(self, channel: str, payload: str) -> None:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        try:
             message = json.loads(payload)
-            if channel == "pgscribe_workers":
-                self._wakeups.forget(token for token in message if isinstance(token, int))
-            elif message["type"] == "abort_job_requested":
-                if message["job_id"] in self._running:
+        except (ValueError, RecursionError):
+            return
+        if channel == WORKERS_CHANNEL and isinstance(message, list):
+            self._wakeups.forget(token for token in message if isinstance(token, int))
+            return
+        match message:
+            case {"type": "abort_job_requested", "job_id": int(job_id)}:
+                if any(job_id == queue_job_id for queue_job_id, _ in self._running):
                     self._abort_requested = True
                     self._changed.set()
-            elif message["type"] == "job_inserted" and len(self._running) < self.concurrency:
-                self._wakeups.add(int(message["job_id"]))
-                self._changed.set()
+            case {"type": "job_inserted", "job_id": int(job_id)}:
+                if len(self._running) < self.concurrency:
+                    self._wakeups.add(job_id)
+                    self._changed.set()
 
     # Running jobs
 
     def _start(self, claimed: ClaimedJob) -> None:
         running = _Running(claimed)
-        self._running[claimed.queue_job_id] = running
+        self._running[claimed.key] = running
         running.task = asyncio.create_task(self._run_job(running))
 
     async def _run_job(self, running: _Running) -> None:
         claimed = running.claimed
         end: Ended | None
         try:
-            end = await self._carry_out(running)
+            context = {
+                "app": self.app,
+                "worker_name": self.worker_name,
+                "worker_queues": self.queues,
+                "additional_context": dict(self.additional_context or {}),
+                "abort_reason": lambda: _abort_reason(running),
+            }
+            end = await execution.execute(claimed, self, context)
         except asyncio.CancelledError:
             end = {
                 "cancel": claimed.end("cancelled"),
@@ -368,87 +379,10 @@ class Worker(procrastinate_worker.Worker):
             logger.exception("Queue job %s could not be run", claimed.queue_job_id)
             end = claimed.end("failed", error_code=PgscribeError.code, error=str(PgscribeError()))
         finally:
-            del self._running[claimed.queue_job_id]
+            del self._running[claimed.key]
         if end is not None:
             self._ended.append((claimed, end))
         self._changed.set()
-
-    async def _carry_out(self, running: _Running) -> Ended:
-        claimed = running.claimed
-        job = Job(
-            id=claimed.queue_job_id,
-            status="doing",
-            queue=claimed.queue_name,
-            priority=claimed.priority,
-            lock=claimed.lock,
-            queueing_lock=None,
-            task_name=claimed.task_name,
-            task_kwargs=claimed.args,
-            attempts=claimed.attempts,
-            worker_id=self._id,
-            attempt=claimed.attempt,
-        )
-        context = job_context.JobContext(
-            app=self.app,
-            worker_name=self.worker_name,
-            worker_queues=self.queues,
-            additional_context=dict(self.additional_context or {}),
-            job=job,
-            abort_reason=lambda: _abort_reason(running),
-            start_timestamp=time.time(),
-        )
-        task = self.app.tasks.get(claimed.task_name)
-        if task is None:
-            return self._failed(claimed, job, None, exceptions.TaskNotFound(claimed.task_name))
-
-        async def call() -> Any:
-            arguments = (context,) if task.pass_context else ()
-            if inspect.iscoroutinefunction(task.func):
-                return await task(*arguments, **job.task_kwargs)
-            return await utils.sync_to_async(task, *arguments, **job.task_kwargs)
-
-        try:
-            result = await middleware.compose(
-                self.worker_middleware,
-                middleware.compose(task.task_middleware, call, context, self),
-                context,
-                self,
-            )()
-        except exceptions.JobAborted:
-            return claimed.end("cancelled")
-        except Exception as exc:  # noqa: BLE001 - whatever a task raises ends its job only
-            return self._failed(claimed, job, task, exc)
-        if claimed.attempt is None:
-            return claimed.end("succeeded")
-        transcript = cast(Transcribed, result)
-        return claimed.end(
-            "succeeded", result=transcript.to_dict(), audio_seconds=transcript.duration
-        )
-
-    def _failed(
-        self,
-        claimed: ClaimedJob,
-        job: Job,
-        task: procrastinate.tasks.Task[Any, Any, Any] | None,
-        exc: Exception,
-    ) -> Ended:
-        if isinstance(exc, psycopg.OperationalError):
-            exc = DatabaseUnavailable()
-        elif not isinstance(exc, PgscribeError):
-            logger.error("Queue job %s failed", claimed.queue_job_id, exc_info=exc)
-            exc = PgscribeError()
-        error = {"error_code": exc.code, "error": str(exc)} if claimed.attempt else {}
-        retry = task.get_retry_exception(exception=exc, job=job) if task else None
-        if retry is None:
-            logger.info("Queue job %s failed: %s", claimed.queue_job_id, exc.code)
-            return claimed.end("failed", **error)
-        # Our clock may be wrong: the difference is right on any clock.
-        at = retry.retry_decision.retry_at
-        seconds = max(0.0, (at - datetime.now(UTC)).total_seconds()) if at else 0.0
-        logger.info(
-            "Queue job %s failed: %s; again in %.1f s", claimed.queue_job_id, exc.code, seconds
-        )
-        return claimed.end("retry", retry_after=seconds, **error)
 
     def _stop_what_takes_too_long(self) -> None:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:

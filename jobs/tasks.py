@@ -7,9 +7,9 @@ import procrastinate
 from procrastinate import jobs as queue_jobs
 
 from jobs.errors import PgscribeError
+from jobs.execution import Job
 from jobs.models import Transcript
 from jobs.queue import MAINTENANCE, QUEUE_NAME
-from jobs.queue_worker import Job
 from jobs.transcription import Transcriber
 
 TASK_NAME = "transcribe"

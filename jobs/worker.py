@@ -54,6 +54,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             worker = app.new_worker(
                 concurrency=settings.worker_concurrency,
                 shutdown_graceful_timeout=settings.shutdown_timeout,
+                install_signal_handlers=False,
             )
             try:
                 await _run_until_stopped(worker, stop, stop_now)

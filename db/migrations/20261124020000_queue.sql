@@ -600,7 +600,8 @@ begin
       select array_agg(p.id) into busy from unnest(ended) x join public.processing_jobs p on p.id = x.job_id
        where p.attempt = x.attempt and p.status = 'processing' and p.id <> all (coalesce(held, '{}'));
     end if;
-    if exists (select from unnest(ended) x where x.outcome in ('retry', 'released')) then
+    -- Also where a stopping worker leaves a slot of an owner's to others.
+    if wanted = 0 or exists (select from unnest(ended) x where x.outcome in ('retry', 'released')) then
       perform pgscribe.wake_workers();
     end if;
     if exists (select from unnest(corrections) c where c <> 0) then
@@ -654,7 +655,10 @@ begin
     from procrastinate.procrastinate_jobs q join public.processing_jobs p on p.job_id = q.id::text
    where q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead));
   select coalesce(cardinality(e.held), 0) into swept from pgscribe.end_attempts(null, coalesce(ended, '{}'), default_max_attempts) e;
-  -- Queue jobs without a processing job: the same, or gone if that was deleted.
+  -- Queue jobs whose processing job was deleted, and those of another kind.
+  delete from procrastinate.procrastinate_jobs q
+   where q.queue_name = 'transcription' and q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead))
+     and not exists (select from public.processing_jobs p where p.job_id = q.id::text);
   with others as (
     select q.id, q.attempts, q.abort_requested from procrastinate.procrastinate_jobs q
      where q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead))

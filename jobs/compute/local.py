@@ -5,6 +5,7 @@ for it, and a cancelled job stops at once because its process is killed.
 """
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from modal_functions.transcript import Transcript, TranscriptionOptions
 logger = logging.getLogger(__name__)
 
 _CHILD = (sys.executable, "-m", "jobs.compute.engine_process")
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
 _MAX_ANSWER = 256 * 1024**2  # bytes; a transcript with word times is about 2 MB an hour
 
 # The child handles untrusted audio: of the environment it gets what engines need, and no secret.
@@ -70,6 +72,15 @@ def _child_environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)
     }
+
+
+def hide_environment() -> None:
+    """Keep other processes of this system user from reading this one's environment and memory.
+
+    The children run as the same user and handle untrusted audio; this process knows the secrets.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _describe_exit(status: int) -> str:
@@ -146,6 +157,7 @@ class LocalCompute:
 
     async def __aenter__(self) -> Self:
         """Start the processes; they load the default model while the worker connects."""
+        hide_environment()
         self._warming = [asyncio.create_task(self._warm_up(p)) for p in self._processes]
         return self
 

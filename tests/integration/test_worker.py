@@ -401,3 +401,31 @@ async def test_engines_get_no_secret_and_end_with_the_worker(
         again = await compute.transcribe(str(clip), TranscriptionOptions(), lambda _: None)
         assert "lighthouse" in again.text.lower()
     assert engine_processes() == set()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_engines_cannot_read_the_workers_environment() -> None:
+    """Two processes of one unprivileged user: the first hides, the second looks."""
+    code = """if True:
+        import ctypes, os, sys
+        from jobs.compute.local import hide_environment
+        os.setgid(65534)
+        os.setuid(65534)
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as a process is that never changed its user
+        if "hide" in sys.argv:
+            hide_environment()
+        if (child := os.fork()) == 0:
+            try:
+                open(f"/proc/{os.getppid()}/environ", "rb").read()
+            except PermissionError:
+                os._exit(1)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    outcomes = [
+        subprocess.run(
+            [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for argument in ("show", "hide")
+    ]
+    assert outcomes == ["0", "1"]
