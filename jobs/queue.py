@@ -5,33 +5,21 @@ through functions of ours in the database, many jobs in one transaction; see
 docs/decisions/0002-queue.md.
 """
 
-import asyncio
-import contextlib
 import json
-import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 from uuid import UUID
 
 import psycopg
 
+from jobs.connection import Connect, QueueConnection
 from jobs.errors import DatabaseUnavailable
 from jobs.models import Attempt
-from jobs.sql import QUEUE
-
-logger = logging.getLogger(__name__)
 
 QUEUE_NAME = "transcription"
 MAINTENANCE = "maintenance"
 OTHER_QUEUES = (MAINTENANCE,)
-
-CONNECT_TIMEOUT = 10.0  # seconds
-CALL_TIMEOUT = 10.0  # seconds; the server gives a statement up after 8
-
-Connection = psycopg.AsyncConnection[tuple[Any, ...]]
-Connect = Callable[[], Awaitable[Connection]]
-T = TypeVar("T")
 
 #: What Postgres raises for a result that it can't store, however often that is tried.
 UNUSABLE = (
@@ -57,6 +45,12 @@ class Ended:
     error_code: str | None = None
     error: str | None = None
     retry_after: float | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Return it as JSON. The result is not copied: it can be large."""
+        return {name: getattr(self, name) for name in self.__slots__} | {
+            "job_id": str(self.job_id) if self.job_id else None
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +115,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a heartbeat brought. ``stall``: seconds until another worker may be presumed dead."""
+    """What a heartbeat brought. ``stall``: seconds until another worker may be presumed dead.
 
-    lost: frozenset[UUID]
+    ``lost``: keys of the claims that this worker no longer holds.
+    """
+
+    lost: frozenset[tuple[int, int]]
     orphans: int
     swept: int
     workers: int
@@ -139,67 +136,73 @@ class Queue:
     """
 
     def __init__(self, connect: Connect, *, max_attempts: int, stall_timeout: float) -> None:
-        self._connect = connect
+        self.connection = QueueConnection(connect)
         self._max_attempts = max_attempts
         self._stall_timeout = stall_timeout
-        self._conn: Connection | None = None
-        self._strays: set[asyncio.Task[Any]] = set()
 
     async def register(self) -> int:
         """Register a worker and return its id."""
-        worker_id: int = await self._call("register", {})
+        (worker_id,) = await self._call("register", {})
+        assert isinstance(worker_id, int)
         return worker_id
 
     async def turn(
-        self, worker_id: int, ended: Sequence[Ended], wanted: int, announcement: str | None
+        self,
+        worker_id: int,
+        ended: Sequence[Ended],
+        wanted: int,
+        announcement: str | None,
+        *,
+        running: bool = True,
     ) -> Turn:
         """End attempts and claim jobs for ``wanted`` free slots, in one transaction.
 
+        ``running``: others run on, so it is worth a look which of them are to stop.
         Raises one of ``UNUSABLE`` where Postgres can't store a result; then nothing was done.
         """
-        answer = await self._call(
+        jobs, others, more, missed, due, due_in, busy, abort = await self._call(
             "turn",
             {
                 "worker_id": worker_id,
-                "ended": json.dumps([asdict(e) for e in ended], default=str),
+                "ended": json.dumps([end.to_row() for end in ended]) if ended else None,
                 "wanted": wanted,
+                "running": running,
                 "other_queues": list(OTHER_QUEUES),
                 "max_attempts": self._max_attempts,
                 "announcement": announcement,
             },
         )
         return Turn(
-            [ClaimedJob.from_row(row) for row in answer["jobs"]],
-            answer["more"],
-            answer["missed"],
-            None if answer["due"] is None else (answer["due"], answer["due_in"]),
-            frozenset(map(UUID, answer["busy"])),
-            frozenset(answer["abort"]),
+            [ClaimedJob.from_row(row) for row in (*(jobs or ()), *(others or ()))],
+            bool(more),
+            missed or 0,
+            None if due is None else (due, due_in),
+            frozenset(busy or ()),
+            frozenset(abort or ()),
         )
 
-    async def beat(
-        self, worker_id: int, held: Iterable[ClaimedJob], *, sweep: bool, echo_channel: str
-    ) -> Beat | None:
+    async def beat(self, worker_id: int, held: Iterable[ClaimedJob], *, sweep: bool) -> Beat | None:
         """Send a heartbeat; ``None``: this worker has been presumed dead and holds nothing."""
         jobs = list(held)
-        attempts = [job.attempt for job in jobs if job.attempt is not None]
-        answer = await self._call(
+        transcriptions = [job for job in jobs if job.attempt is not None]
+        self.connection.expect_echo()
+        (answer,) = await self._call(
             "beat",
             {
                 "worker_id": worker_id,
-                "held": [attempt.job_id for attempt in attempts],
-                "attempts": [attempt.number for attempt in attempts],
+                "held": [job.key[0] for job in transcriptions],
+                "attempts": [job.key[1] for job in transcriptions],
                 "queue_jobs": [job.queue_job_id for job in jobs],
                 "stall_timeout": self._stall_timeout,
                 "max_attempts": self._max_attempts,
                 "sweep": sweep,
-                "echo_channel": echo_channel,
+                "echo_channel": self.connection.echo_channel,
             },
         )
         if answer is None:
             return None
         return Beat(
-            frozenset(map(UUID, answer["lost"])),
+            frozenset(map(tuple, answer["lost"])),
             answer["orphans"],
             answer["swept"],
             answer["workers"],
@@ -213,51 +216,13 @@ class Queue:
 
     async def _call(self, query: str, values: dict[str, Any]) -> Any:
         try:
-            if self._conn is None or self._conn.closed:
-                self._conn = await self._bounded(self._open(), CONNECT_TIMEOUT)
-            return await self._bounded(self._execute(self._conn, query, values), CALL_TIMEOUT)
+            return await self.connection.call(query, values)
         except UNUSABLE:
             raise
         except (psycopg.Error, OSError, TimeoutError) as exc:
-            await self.close()
+            await self.connection.close()
             raise DatabaseUnavailable(str(exc).strip() or None) from exc
-
-    async def _open(self) -> Connection:
-        conn = await self._connect()
-        await conn.execute(QUEUE["prepare_connection"])
-        return conn
-
-    @staticmethod
-    async def _execute(conn: Connection, query: str, values: dict[str, Any]) -> Any:
-        row = await (await conn.execute(QUEUE[query], values)).fetchone()
-        assert row is not None
-        return row[0]
-
-    async def _bounded(self, call: Coroutine[Any, Any, T], timeout: float) -> T:  # noqa: ASYNC109
-        """Like ``asyncio.timeout``, without waiting for the cancellation.
-
-        psycopg asks the server to cancel the query, which takes long when nothing answers.
-        """
-        task = asyncio.create_task(call)
-        try:
-            await asyncio.wait({task}, timeout=timeout)
-        finally:
-            if not task.done():
-                task.cancel()
-                self._strays.add(task)
-                task.add_done_callback(self._forget)
-        if not task.done():
-            raise TimeoutError(f"no answer for {timeout:g} s")
-        return task.result()
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._strays.discard(task)
-        if not task.cancelled():
-            task.exception()  # it is of no interest, but asyncio would complain
 
     async def close(self) -> None:
         """Close the connection. A later call opens another one."""
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            with contextlib.suppress(psycopg.Error, OSError):
-                await conn.close()
+        await self.connection.close()

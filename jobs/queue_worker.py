@@ -18,7 +18,6 @@ from procrastinate import worker as procrastinate_worker
 from jobs import execution
 from jobs.backoff import Backoff
 from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
-from jobs.listener import Listener
 from jobs.queue import OTHER_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Ended, Queue, Turn
 from jobs.wakeups import Wakeups, announcement
 
@@ -65,14 +64,16 @@ class Worker(procrastinate_worker.Worker):
         app: procrastinate.App,
         *,
         queue: Queue,
-        listener: Callable[..., Listener],
         stall_timeout: float,
         **options: Any,
     ) -> None:
         super().__init__(app, **options)
         self._queue = queue
-        self._listener = listener(
-            CHANNELS, on_notify=self._on_notify, on_connect=self._on_listening
+        queue.connection.listen(
+            CHANNELS,
+            on_notify=self._on_notify,
+            on_connect=self._on_listening,
+            on_loss=self._on_loss,
         )
         self._beat_interval = min(LONGEST_BEAT, stall_timeout / 3)
         self._stall_timeout = stall_timeout
@@ -106,10 +107,7 @@ class Worker(procrastinate_worker.Worker):
         self._loop = asyncio.get_running_loop()
         talking = asyncio.create_task(self._talk())
         stopping = asyncio.create_task(self._drain_when_stopped())
-        side_tasks = [
-            asyncio.create_task(self._forever(self._listener.run)),
-            asyncio.create_task(self._forever(self._periodic_deferrer)),
-        ]
+        periodic = asyncio.create_task(self._forever(self._periodic_deferrer))
         on_signals = signals.on_stop if self.install_signal_handlers else contextlib.nullcontext
         try:
             with on_signals(self.stop):
@@ -120,11 +118,11 @@ class Worker(procrastinate_worker.Worker):
             raise
         finally:
             self._loop = None
-            for task in (stopping, *side_tasks):
+            for task in (stopping, periodic):
                 task.cancel()
             for running in self._running.values():
                 running.stop("shutdown")
-            await asyncio.gather(stopping, *side_tasks, return_exceptions=True)
+            await asyncio.gather(stopping, periodic, return_exceptions=True)
             await self._queue.close()
 
     def stop(self) -> None:
@@ -143,6 +141,7 @@ class Worker(procrastinate_worker.Worker):
         self._draining = True
         if self.shutdown_graceful_timeout is not None and self._stop_at is None:
             self._stop_at = time.monotonic() + self.shutdown_graceful_timeout
+        self._queue.connection.call_timeout = SIGN_OFF_TIMEOUT
         self._changed.set()
 
     async def _forever(self, side_task: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -199,9 +198,11 @@ class Worker(procrastinate_worker.Worker):
         self._stop_what_takes_too_long()
         if self._next_echo_check is not None and now >= self._next_echo_check:
             self._next_echo_check = None
-            self._listener.check_echo()
+            await self._queue.connection.check_echo()
         if now >= self._next_beat:
             await self._beat()
+            if not self._id:
+                return
         if self._busy and now >= self._busy_until:
             self._ended.extend(self._busy)
             self._busy.clear()
@@ -217,9 +218,10 @@ class Worker(procrastinate_worker.Worker):
             await self._wait_for_change(min(at for at in times if at and at > now))
 
     async def _wait_for_change(self, until: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(until - time.monotonic()):
-                await self._changed.wait()
+        pause = until - time.monotonic()
+        alarm = asyncio.get_running_loop().call_later(pause, self._changed.set)
+        await self._changed.wait()
+        alarm.cancel()
 
     async def _turn(self, free: int) -> None:
         ended = list(self._ended)
@@ -231,6 +233,7 @@ class Worker(procrastinate_worker.Worker):
                 [end for _, end in ended],
                 free,
                 announcement(reached) if free and self._wakeups.workers > 1 else None,
+                running=bool(self._running),
             )
         except UNUSABLE as exc:
             await self._end_one_by_one(ended, exc)
@@ -240,6 +243,7 @@ class Worker(procrastinate_worker.Worker):
         self._put_off([pair for pair in ended if pair[1].job_id in turn.busy])
         for claimed in turn.jobs:
             self._start(claimed)
+        await asyncio.sleep(0)  # so that they start before anything else is done
         for (queue_job_id, _), running in self._running.items():
             if queue_job_id in turn.abort:
                 running.stop("cancel")
@@ -258,7 +262,7 @@ class Worker(procrastinate_worker.Worker):
             self._busy_backoff.reset()
 
     def _plan_next_look(self, turn: Turn) -> None:
-        self._next_poll = time.monotonic() + (POLL if self._listener.hears else POLL_DEAF)
+        self._next_poll = time.monotonic() + (POLL if self._queue.connection.hears else POLL_DEAF)
         if turn.more:
             self._wakeups.add_own()
         if turn.missed:
@@ -294,13 +298,7 @@ class Worker(procrastinate_worker.Worker):
         if now - self._last_contact > self._stall_timeout:
             # Out of touch for that long: the others may have been, too, and need time to report.
             self._sweep_from = now + self._stall_timeout
-        self._listener.expect_echo()
-        beat = await self._queue.beat(
-            self._id,
-            held,
-            sweep=now >= self._sweep_from,
-            echo_channel=self._listener.echo_channel,
-        )
+        beat = await self._queue.beat(self._id, held, sweep=now >= self._sweep_from)
         now = time.monotonic()
         self._next_beat = now + self._beat_interval
         self._next_echo_check = now + min(ECHO_TIMEOUT, self._beat_interval / 2)
@@ -322,7 +320,7 @@ class Worker(procrastinate_worker.Worker):
         if beat.swept:
             logger.warning("Swept %s jobs of workers presumed dead", beat.swept)
         for running in self._running.values():
-            if running.claimed.attempt and running.claimed.attempt.job_id in beat.lost:
+            if running.claimed.key in beat.lost:
                 running.stop("lost")
 
     # Notifications: hints to look, never the truth
@@ -330,6 +328,10 @@ class Worker(procrastinate_worker.Worker):
     def _on_listening(self) -> None:
         self._wakeups.add_own()  # whatever was sent during the gap
         self._abort_requested = True
+        self._changed.set()
+
+    def _on_loss(self) -> None:
+        self._next_beat = 0.0
         self._changed.set()
 
     def _on_notify(self, channel: str, payload: str) -> None:
@@ -406,20 +408,17 @@ class App(procrastinate.App):
         self,
         *,
         queue: Callable[[], Queue],
-        listener: Callable[..., Listener],
         stall_timeout: float,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._new_queue = queue
-        self._new_listener = listener
         self._stall_timeout = stall_timeout
 
     def _worker(self, **options: Any) -> Worker:
         return Worker(
             self,
             queue=self._new_queue(),
-            listener=self._new_listener,
             stall_timeout=self._stall_timeout,
             **{**self.worker_defaults, **options},
         )

@@ -10,7 +10,6 @@ import procrastinate
 from jobs import database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.local import LocalCompute
-from jobs.listener import Listener
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
@@ -22,15 +21,14 @@ logger = logging.getLogger(__name__)
 
 def make_app(settings: Settings) -> App:
     """Return the procrastinate app, without tasks; open it with a pool made for the queue."""
-    connect = functools.partial(database.connect, settings)
+    connect = functools.partial(database.connect, settings, name="worker")
     return App(
         connector=procrastinate.PsycopgConnector(),
         queue=lambda: Queue(
-            functools.partial(connect, name="worker"),
+            connect,
             max_attempts=settings.max_attempts,
             stall_timeout=settings.stall_timeout,
         ),
-        listener=functools.partial(Listener, functools.partial(connect, name="listener")),
         stall_timeout=settings.stall_timeout,
     )
 

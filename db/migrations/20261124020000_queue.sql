@@ -5,6 +5,8 @@
 -- of pgscribe.fair_queue, then pgscribe.owner_shares. Only what holds the row of fair_queue touches
 -- owner_shares. docs/decisions/0002-queue.md says why.
 
+-- Room on each page for what follows an insert: a job's progress and result then touch no index.
+alter table public.processing_jobs set (fillfactor = 50);
 alter table public.processing_jobs
   add column priority smallint not null default 0 check (priority between -100 and 100),
   add column idempotency_key text check (length(idempotency_key) between 1 and 200),
@@ -42,8 +44,12 @@ create index processing_jobs_ended_idx on public.processing_jobs (completed_at) 
 
 -- Deleting a worker looks for all that it ever ran; nothing else indexes that.
 create index pgscribe_jobs_worker_idx on procrastinate.procrastinate_jobs (worker_id) where worker_id is not null;
-create index pgscribe_jobs_scheduled_idx on procrastinate.procrastinate_jobs (scheduled_at)
-  where status = 'todo' and scheduled_at is not null;
+-- Running jobs that are to stop, and those whose worker has been forgotten: none, most of the time.
+create index pgscribe_jobs_abort_idx on procrastinate.procrastinate_jobs (worker_id) where abort_requested;
+create index pgscribe_jobs_orphaned_idx on procrastinate.procrastinate_jobs (id) where status = 'doing' and worker_id is null;
+-- Whether there is anything to do but transcriptions, and when; it holds a few rows.
+create index pgscribe_jobs_others_idx on procrastinate.procrastinate_jobs ((coalesce(scheduled_at, '-infinity')))
+  where status = 'todo' and queue_name <> 'transcription';
 
 -- History ---------------------------------------------------------------------------------------------
 
@@ -184,7 +190,7 @@ create or replace function pgscribe.abort_deleted_processing_jobs() returns trig
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   update procrastinate.procrastinate_jobs q set abort_requested = true
-    from old_rows o where q.id = o.job_id::bigint and q.status = 'doing';
+    from old_rows o where q.id = o.job_id::bigint and q.status::text = 'doing';
   delete from procrastinate.procrastinate_jobs q
    using old_rows o where q.id = o.job_id::bigint and q.status <> 'doing';
   return null;
@@ -199,16 +205,20 @@ declare
 begin
   if given_up then
     insert into public.processing_job_attempts (job_id, attempt, worker_id, started_at, outcome, error_code, error)
-    select p.id, p.attempt, o.worker_id, p.started_at,
-           case n.status when 'failed' then 'failed' when 'todo'
-             then case when n.attempts = o.attempts then 'released' else 'retried' end else 'cancelled' end,
-           p.error_code, p.error
-      from old_rows o join new_rows n using (id) join public.processing_jobs p on p.job_id = n.id::text
-     where o.status = 'doing' and n.status not in ('doing', 'succeeded') and p.started_at is not null
+    select a.id, a.attempt, a.worker_id, a.started_at, a.outcome,
+           case when a.outcome in ('failed', 'retried') then a.error_code end,
+           case when a.outcome in ('failed', 'retried') then a.error end
+      from (select p.*, o.worker_id,
+                   case n.status when 'failed' then 'failed' when 'todo'
+                     then case when n.attempts = o.attempts then 'released' else 'retried' end else 'cancelled' end as outcome
+              from old_rows o join new_rows n using (id) join public.processing_jobs p on p.job_id = n.id::text
+             where o.status = 'doing' and n.status not in ('doing', 'succeeded')) a
     on conflict do nothing;
   end if;
+  perform set_config('pgscribe.mirroring', 'on', true);
   update public.processing_jobs p set
-      status = pgscribe.job_status(n.status),
+      updated_at = now(),
+      status = n.derived,
       attempt = p.attempt + (n.status = 'doing')::integer,
       started_at = case n.status when 'doing' then now() else p.started_at end,
       completed_at = case when n.status not in ('todo', 'doing') then now() end,
@@ -220,8 +230,10 @@ begin
         else p.error_code end,
       error = case n.status when 'succeeded' then null
         when 'failed' then coalesce(p.error, 'The attempt ended without saying why.') else p.error end
-    from new_rows n join old_rows o on o.id = n.id
-   where n.status is distinct from o.status and p.job_id = n.id::text;
+    from (select *, case status when 'todo' then 'queued' when 'doing' then 'processing'
+                 when 'succeeded' then 'completed' when 'failed' then 'failed' else 'cancelled' end as derived from new_rows) n
+   where p.job_id = n.id::text and p.status <> n.derived;
+  perform set_config('pgscribe.mirroring', '', true);
   if given_up then
     insert into pgscribe.woken_owners
     select distinct p.user_id
@@ -288,6 +300,19 @@ begin
   new.updated_at := now();
   return new;
 end $$;
+
+-- One row in two comes here from the mirror, which needs no check: it says so while it writes. That is no
+-- secret, but only the table's owner may update status at all, and does not say it by mistake.
+drop trigger guard_processing_job on public.processing_jobs;
+create trigger guard_processing_job before update on public.processing_jobs
+  for each row when (new.updated_at = old.updated_at
+    or (new.id, new.created_at, new.user_id, new.file_path, new.options, new.scheduled_at, new.idempotency_key,
+        new.cancel_requested_at, new.retry_requested_at) is distinct from
+       (old.id, old.created_at, old.user_id, old.file_path, old.options, old.scheduled_at, old.idempotency_key,
+        old.cancel_requested_at, old.retry_requested_at)
+    or ((new.status, new.job_id) is distinct from (old.status, old.job_id)
+        and current_setting('pgscribe.mirroring', true) is distinct from 'on'))
+  execute function pgscribe.guard_processing_job();
 
 -- Cancel and retry: whoever may update the row may, so that row level security decides ---------------------
 
@@ -374,7 +399,7 @@ create type pgscribe.ended_attempt as (
 create function pgscribe.end_attempts(
   worker bigint, ended pgscribe.ended_attempt[], default_max_attempts integer,
   out held uuid[], out owners uuid[], out corrections double precision[], out lengths double precision[])
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   -- The fence: the row of a claim that is still good. What somebody else has locked is left for later.
   select array_agg(l.id), array_agg(l.user_id), array_agg(l.correction), array_agg(l.length)
@@ -385,7 +410,7 @@ begin
                then coalesce(e.audio_seconds, p.audio_seconds, 0) - p.estimated_seconds else 0 end as correction,
              case when e.outcome = 'succeeded' then e.audio_seconds end as length
         from unnest(ended) e join public.processing_jobs p on p.id = e.job_id
-       where p.attempt = e.attempt and p.status = 'processing'
+       where p.attempt = e.attempt and p.status || '' = 'processing'  -- by its id, not by an index of all running ones
          for update of p skip locked) l;
   -- Queue jobs of another kind, and those whose job has been deleted.
   if held is null or cardinality(held) < cardinality(ended) then
@@ -396,16 +421,17 @@ begin
         scheduled_at = case when e.retry_after > 0 then now() + make_interval(secs => e.retry_after) end,
         abort_requested = false, worker_id = null
       from unnest(ended) e
-     where e.job_id is null and q.id = e.queue_job_id
-       and q.status = 'doing' and q.worker_id = worker and q.attempts = e.attempt;
+     where e.job_id is null and q.id = e.queue_job_id and q.queue_name <> 'transcription'
+       and q.status::text = 'doing' and q.worker_id = worker and q.attempts = e.attempt;
     delete from procrastinate.procrastinate_jobs q using unnest(ended) e
-     where q.id = e.queue_job_id and q.status = 'doing' and q.args ->> 'processing_job_id' = e.job_id::text
-       and not exists (select from public.processing_jobs p where p.id = e.job_id);
+     where q.id = e.queue_job_id and q.queue_name = 'transcription' and q.status::text = 'doing'
+       and not exists (select from public.processing_jobs p where p.job_id = q.id::text);
   end if;
   if held is null then
     return;
   end if;
   update public.processing_jobs p set
+      updated_at = now(),
       result = e.result,
       audio_seconds = coalesce(e.audio_seconds, p.audio_seconds),
       estimated_seconds = case when e.outcome in ('succeeded', 'failed', 'cancelled')
@@ -427,119 +453,138 @@ begin
       abort_requested = false,
       worker_id = null
     from unnest(ended) e join public.processing_jobs p on p.id = e.job_id
-   where p.id = any (held) and q.id = p.job_id::bigint and q.status = 'doing';
+   where p.id = any (held) and q.id = p.job_id::bigint and q.status::text = 'doing';
 end $$;
 comment on function pgscribe.end_attempts is
   'Ends attempts that still hold their jobs (outcome: succeeded, failed, cancelled, retry, released) and returns those jobs. Late writers lose: an attempt that has lost its job changes nothing.';
 
-create function pgscribe.claim_jobs(worker bigint, wanted integer) returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+create function pgscribe.claim_jobs(worker bigint, wanted integer, out jobs json, out claimed integer, out more boolean, out missed integer)
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   now_serving double precision;
   default_max_running integer;
-  woken uuid[];
-  visited uuid[];
-  more boolean;
-  more_due boolean;
+  paused boolean;
+  any_due boolean;
+  any_news boolean;
+  more_due boolean := false;
   planned uuid[];
   start_tags double precision[];
-  claimed uuid[];
-  queue_job_ids bigint[];
-  jobs jsonb;
+  idle uuid[];
+  crowded_out boolean;
 begin
-  select virtual_time into now_serving from pgscribe.fair_queue for update;
-  select max_running_per_owner into default_max_running
-    from pgscribe.queue_settings where queue_name = 'transcription' and paused_at is null;
-  if not found then
-    return null;
+  claimed := 0;
+  missed := 0;
+  more := false;
+  -- What these look for may have gone by the time the lock is there; what is new will be notified.
+  select f.virtual_time, s.max_running_per_owner, s.paused_at is not null,
+         exists (select from public.processing_jobs d where d.status = 'queued' and d.due_at <= now()),
+         exists (select from pgscribe.woken_owners)
+    into now_serving, default_max_running, paused, any_due, any_news
+    from pgscribe.fair_queue f cross join pgscribe.queue_settings s
+   where s.queue_name = 'transcription' for update of f;
+  if paused then
+    return;
   end if;
 
   -- Schedules and pauses that are over.
-  with due as (
-    update public.processing_jobs p set due_at = null
-     where p.id in (select d.id from public.processing_jobs d
-                     where d.status = 'queued' and d.due_at <= now()
-                     order by d.due_at limit 1000 for update skip locked)
-    returning p.user_id)
-  select array_agg(distinct user_id), count(*) = 1000 into woken, more_due from due;
+  if any_due then
+    with due as (
+      update public.processing_jobs p set due_at = null
+       where p.id in (select d.id from public.processing_jobs d
+                       where d.status = 'queued' and d.due_at <= now()
+                       order by d.due_at limit 1000 for update skip locked)
+      returning p.user_id),
+    woken as (insert into pgscribe.woken_owners select distinct user_id from due)
+    select true, count(*) = 1000 into any_news, more_due from due;
+  end if;
   -- New jobs. An owner who comes back starts level with the others, not with what they saved up.
-  with news as (delete from pgscribe.woken_owners returning owner_id)
-  select array_agg(distinct owner_id) into woken from (
-    select owner_id from news union all select unnest(woken)) w;
-  if woken is not null then
+  if any_news then
+    with news as (delete from pgscribe.woken_owners returning owner_id)
     insert into pgscribe.owner_shares as s (owner_id, virtual_time)
-    select unnest(woken), now_serving
+    select distinct owner_id, now_serving from news
     on conflict (owner_id) do update set
       waiting = true, virtual_time = greatest(s.virtual_time, excluded.virtual_time)
     where not s.waiting;
   end if;
 
-  -- The owners who have been given least, and from each as many jobs as they may start.
-  with candidates as materialized (
-    select c.*, least(c.room, wanted, 1 + 2 * wanted / count(*) over ()) as depth from (
-      select s.owner_id, s.virtual_time, coalesce(l.weight, 1) as weight,
-             coalesce(l.max_running, default_max_running) - running.count as room
-        from pgscribe.owner_shares s
-        left join pgscribe.owner_limits l using (owner_id)
-       cross join lateral (
-         select count(*) from public.processing_jobs r where r.user_id = s.owner_id and r.status = 'processing') running
-       where s.waiting and l.paused_at is null and coalesce(l.max_running, default_max_running) > running.count
-       order by s.virtual_time limit wanted) c),
-  jobs as (
-    select c.owner_id, j.id, j.queue_job_id, c.virtual_time + coalesce(
-             sum(j.seconds) over (partition by c.owner_id order by j.priority desc, j.queue_job_id
-               rows between unbounded preceding and 1 preceding), 0) / c.weight as start_tag
-      from candidates c cross join lateral (
-        select p.id, p.priority, p.job_id::bigint as queue_job_id,
-               case p.attempt when 0 then p.estimated_seconds else 0 end as seconds
-          from public.processing_jobs p
-         where p.user_id = c.owner_id and p.status = 'queued' and p.due_at is null
-         order by p.priority desc, p.job_id::bigint limit c.depth) j),
-  chosen as (select * from jobs order by start_tag, queue_job_id limit wanted)
-  select (select array_agg(owner_id) from candidates),
-         (select array_agg(id order by start_tag, queue_job_id) from chosen),
-         (select array_agg(start_tag order by start_tag, queue_job_id) from chosen),
-         exists (select from candidates c where c.depth < least(c.room, wanted)
-                   and c.depth = (select count(*) from jobs j where j.owner_id = c.owner_id))
-    into visited, planned, start_tags, more;
-  select array_agg(l.id), array_agg(l.queue_job_id) into claimed, queue_job_ids from (
-    select p.id, q.id as queue_job_id
-      from unnest(planned) c (id) join public.processing_jobs p on p.id = c.id
-      join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
-     where p.status = 'queued' and q.status = 'todo'
-       for update of p, q skip locked) l;
-  update pgscribe.owner_shares s set waiting = false
-   where s.owner_id = any (visited) and not exists (
-     select from public.processing_jobs p
-      where p.user_id = s.owner_id and p.status = 'queued' and p.due_at is null and p.id <> all (coalesce(claimed, '{}')));
-  if claimed is null then
-    return jsonb_build_object('jobs', '[]'::jsonb, 'more', more_due, 'missed', coalesce(cardinality(planned), 0));
+  -- The owners who have been given least, and from each about as many jobs as their part of the batch.
+  -- No job goes before the first one that was not listed: then the batch ends there.
+  loop
+    select array_agg(l.id order by l.start_tag, l.queue_job_id) filter (where l.start_tag <= l.horizon),
+           array_agg(l.start_tag order by l.start_tag, l.queue_job_id) filter (where l.start_tag <= l.horizon),
+           array_agg(l.owner_id) filter (where l.id is null),
+           bool_or(l.horizon < 'Infinity'), bool_or(l.id is null and l.owners = wanted)
+      into planned, start_tags, idle, more, crowded_out
+      from (
+        select *, coalesce(min(unlisted_tag) over (), 'Infinity') as horizon from (
+          select c.owner_id, c.owners, j.id, j.queue_job_id,
+                 c.virtual_time + (sum(j.seconds) over so_far - j.seconds) / c.weight as start_tag,
+                 case when c.depth < least(c.room, wanted) and row_number() over so_far = c.depth
+                   then c.virtual_time + sum(j.seconds) over so_far / c.weight end as unlisted_tag
+            from (
+              select *, least(room, wanted, 1 + 2 * wanted / owners) as depth from (
+                select *, count(*) over () as owners from (
+                  select s.owner_id, s.virtual_time, coalesce(l.weight, 1) as weight,
+                         coalesce(l.max_running, default_max_running) - running.count as room
+                    from pgscribe.owner_shares s
+                    left join pgscribe.owner_limits l using (owner_id)
+                   cross join lateral (
+                     select count(*) from public.processing_jobs r
+                      where r.user_id = s.owner_id and r.status = 'processing') running
+                   where s.waiting and l.paused_at is null and coalesce(l.max_running, default_max_running) > running.count
+                   order by s.virtual_time limit wanted) least_given) counted) c
+            left join lateral (
+              select p.id, p.priority, p.job_id::bigint as queue_job_id,
+                     case p.attempt when 0 then p.estimated_seconds else 0 end as seconds
+                from public.processing_jobs p
+               where p.user_id = c.owner_id and p.status = 'queued' and p.due_at is null
+               order by p.priority desc, p.job_id::bigint limit c.depth) j on true
+          window so_far as (partition by c.owner_id order by j.priority desc, j.queue_job_id rows unbounded preceding)) listed) l;
+    if idle is not null then
+      update pgscribe.owner_shares set waiting = false where owner_id = any (idle);
+    end if;
+    exit when crowded_out is distinct from true;  -- else those without jobs stood in the way of others
+  end loop;
+  planned := planned[1:wanted];
+  start_tags := start_tags[1:wanted];
+  more := coalesce(more, false) or more_due;
+  if planned is null then
+    return;
   end if;
 
-  -- Charge the owners. Virtual time never runs backwards.
-  update pgscribe.fair_queue set virtual_time = greatest(virtual_time, (
-    select max(tag) from unnest(planned, start_tags) c (id, tag) where c.id = any (claimed)));
-  with charges as (
-    select p.user_id, sum(case p.attempt when 0 then p.estimated_seconds else 0 end) as seconds
-      from public.processing_jobs p where p.id = any (claimed) group by 1)
-  update pgscribe.owner_shares s
-     set virtual_time = s.virtual_time + c.seconds / coalesce(l.weight, 1)
-    from charges c left join pgscribe.owner_limits l on l.owner_id = c.user_id
-   where s.owner_id = c.user_id;
-
-  update procrastinate.procrastinate_jobs q set status = 'doing', worker_id = worker
-   where q.id = any (queue_job_ids);
-  select jsonb_agg(jsonb_build_object(
-           'id', p.id, 'attempt', p.attempt, 'user_id', p.user_id, 'file_path', p.file_path, 'options', p.options,
-           'queue_job_id', q.id, 'priority', q.priority, 'args', q.args, 'attempts', q.attempts,
-           'task_name', q.task_name, 'queue_name', q.queue_name)
-         order by array_position(planned, p.id)) into jobs
-    from public.processing_jobs p join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
-   where p.id = any (claimed);
-  return jsonb_build_object('jobs', jobs, 'more', more or more_due, 'missed', cardinality(planned) - cardinality(claimed));
+  -- Claim them and charge their owners. Virtual time never runs backwards. Written as they are, the conditions
+  -- on status keep the planner from reading an index of all waiting jobs for each, as it would while its statistics
+  -- say that there are none.
+  with locked as materialized (
+    select p.id, p.user_id, p.attempt, p.file_path, p.options, q.id as queue_job_id, c.tag, c.place,
+           case p.attempt when 0 then p.estimated_seconds else 0 end as seconds
+      from unnest(planned, start_tags) with ordinality c (id, tag, place)
+      join public.processing_jobs p on p.id = c.id
+      join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
+     where p.status || '' = 'queued' and q.status::text = 'todo'
+       for update of p, q skip locked),
+  clock as (
+    update pgscribe.fair_queue set virtual_time = (select max(tag) from locked)
+     where virtual_time < (select max(tag) from locked)),
+  charged as (
+    update pgscribe.owner_shares s set virtual_time = s.virtual_time + c.seconds / coalesce(w.weight, 1)
+      from (select user_id, sum(seconds) as seconds from locked group by 1) c
+      left join pgscribe.owner_limits w on w.owner_id = c.user_id
+     where s.owner_id = c.user_id),
+  moved as (
+    update procrastinate.procrastinate_jobs q set status = 'doing', worker_id = worker
+      from locked l where q.id = l.queue_job_id
+    returning l.*, q.priority, q.args, q.attempts, q.task_name, q.queue_name)
+  select json_agg(json_build_object(
+           'id', id, 'attempt', attempt + 1, 'user_id', user_id, 'file_path', file_path, 'options', options,
+           'queue_job_id', queue_job_id, 'priority', priority, 'args', args, 'attempts', attempts,
+           'task_name', task_name, 'queue_name', queue_name) order by place),
+         count(*)
+    into jobs, claimed from moved;
+  missed := cardinality(planned) - claimed;
 end $$;
 comment on function pgscribe.claim_jobs is
-  'Claims up to so many jobs for a worker, fairly between owners. Null while the queue is paused; more: there are more to claim; missed: jobs that somebody else has locked.';
+  'Claims up to so many jobs for a worker, fairly between owners; none while the queue is paused. more: there are more to claim; missed: jobs that somebody else has locked.';
 
 create function pgscribe.correct_shares(owners uuid[], corrections double precision[], lengths double precision[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -560,84 +605,93 @@ begin
 end $$;
 comment on function pgscribe.correct_shares is 'Charges owners what their jobs'' audio turned out to be longer than estimated, or gives it back.';
 
-create function pgscribe.claim_other_queue_jobs(worker bigint, wanted integer, queues text[]) returns jsonb
+create function pgscribe.claim_other_queue_jobs(worker bigint, wanted integer, queues text[]) returns json[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   open_queues text[] := array(select unnest(queues) except select s.queue_name from pgscribe.queue_settings s where s.paused_at is not null);
-  jobs jsonb := '[]';
+  jobs json[] := '{}';
   q procrastinate.procrastinate_jobs;
 begin
   while wanted > 0 and cardinality(open_queues) > 0 loop
     q := procrastinate.procrastinate_fetch_job_v2(open_queues, worker);
     exit when q.id is null;
-    jobs := jobs || jsonb_build_object('queue_job_id', q.id, 'task_name', q.task_name, 'queue_name', q.queue_name,
+    jobs := jobs || json_build_object('queue_job_id', q.id, 'task_name', q.task_name, 'queue_name', q.queue_name,
       'priority', q.priority, 'args', q.args, 'attempts', q.attempts, 'lock', q.lock);
     wanted := wanted - 1;
   end loop;
   return jobs;
 exception when unique_violation then  -- another worker took a job's lock meanwhile; the next turn tries again
-  return '[]';
+  return '{}';
 end $$;
 comment on function pgscribe.claim_other_queue_jobs is 'Claims queue jobs that are no processing jobs, in procrastinate''s order and with its locks.';
 
 create function pgscribe.turn(
-  worker bigint, ended pgscribe.ended_attempt[], wanted integer, other_queues text[],
-  default_max_attempts integer, announcement text) returns jsonb
+  worker bigint, ended jsonb, wanted integer, running boolean, other_queues text[], default_max_attempts integer,
+  announcement text,
+  out jobs json, out others json[], out more boolean, out missed integer,
+  out due double precision, out due_in double precision, out busy uuid[], out abort bigint[])
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
+  attempts pgscribe.ended_attempt[];
   held uuid[];
   owners uuid[];
   corrections double precision[];
   lengths double precision[];
-  busy uuid[];
-  claim jsonb;
-  others jsonb := '[]';
-  due timestamptz;
+  claimed integer;
+  next_due timestamptz;
+  next_other timestamptz;
 begin
-  if cardinality(ended) > 0 then
-    select * into held, owners, corrections, lengths from pgscribe.end_attempts(worker, ended, default_max_attempts);
-    if cardinality(held) is distinct from cardinality(ended) then
-      select array_agg(p.id) into busy from unnest(ended) x join public.processing_jobs p on p.id = x.job_id
+  if ended is not null then
+    attempts := array(select x from jsonb_populate_recordset(null::pgscribe.ended_attempt, ended) x);
+    select e.held, e.owners, e.corrections, e.lengths into held, owners, corrections, lengths
+      from pgscribe.end_attempts(worker, attempts, default_max_attempts) e;
+    if cardinality(held) is distinct from cardinality(attempts) then
+      select array_agg(p.id) into busy from unnest(attempts) x join public.processing_jobs p on p.id = x.job_id
        where p.attempt = x.attempt and p.status = 'processing' and p.id <> all (coalesce(held, '{}'));
     end if;
     -- Also where a stopping worker leaves a slot of an owner's to others.
-    if wanted = 0 or exists (select from unnest(ended) x where x.outcome in ('retry', 'released')) then
+    if wanted = 0 or exists (select from unnest(attempts) x where x.outcome in ('retry', 'released')) then
       perform pgscribe.wake_workers();
     end if;
-    if exists (select from unnest(corrections) c where c <> 0) then
+    if 0 <> any (corrections) then
       perform pgscribe.correct_shares(owners, corrections, lengths);
     end if;
   end if;
   if wanted > 0 then
-    claim := pgscribe.claim_jobs(worker, wanted);
-    wanted := wanted - coalesce(jsonb_array_length(claim -> 'jobs'), 0);
-    if wanted > 0 and cardinality(other_queues) > 0 then
-      others := pgscribe.claim_other_queue_jobs(worker, wanted, other_queues);
-      wanted := wanted - jsonb_array_length(others);
-    end if;
-    due := least(
-      (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at > now()),
-      (select min(q.scheduled_at) from procrastinate.procrastinate_jobs q
-        where q.status = 'todo' and q.scheduled_at > now() and q.queue_name = any (other_queues)));
-    if announcement is not null and wanted > 0 and not coalesce((claim ->> 'more')::boolean, false) then
-      perform pg_notify('pgscribe_workers', announcement);
+    select c.jobs, c.claimed, c.more, c.missed into jobs, claimed, more, missed from pgscribe.claim_jobs(worker, wanted) c;
+    if wanted > claimed then
+      select (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at > now()),
+             (select min(coalesce(q.scheduled_at, '-infinity')) from procrastinate.procrastinate_jobs q
+               where q.status = 'todo' and q.queue_name <> 'transcription' and q.queue_name = any (other_queues))
+        into next_due, next_other;
+      if next_other <= now() then
+        others := pgscribe.claim_other_queue_jobs(worker, wanted - claimed, other_queues);
+        next_other := (
+          select min(coalesce(q.scheduled_at, '-infinity')) from procrastinate.procrastinate_jobs q
+           where q.status = 'todo' and q.queue_name <> 'transcription' and q.queue_name = any (other_queues)
+             and coalesce(q.scheduled_at, '-infinity') > now());
+      end if;
+      next_due := least(next_due, next_other);
+      due := extract(epoch from next_due);
+      due_in := extract(epoch from next_due - clock_timestamp());
+      if announcement is not null and not more and wanted > claimed + coalesce(cardinality(others), 0) then
+        perform pg_notify('pgscribe_workers', announcement);
+      end if;
     end if;
   end if;
-  return jsonb_build_object(
-    'jobs', coalesce(claim -> 'jobs', '[]') || others,
-    'more', coalesce((claim ->> 'more')::boolean, false), 'missed', coalesce((claim ->> 'missed')::integer, 0),
-    'due', extract(epoch from due), 'due_in', extract(epoch from due - clock_timestamp()),
-    'busy', coalesce(to_jsonb(busy), '[]'),
-    'abort', (select coalesce(jsonb_agg(q.id), '[]') from procrastinate.procrastinate_jobs q
-               where q.worker_id = worker and q.status = 'doing' and q.abort_requested));
+  if running then
+    abort := array(select q.id from procrastinate.procrastinate_jobs q
+                    where q.worker_id = worker and q.status::text = 'doing' and q.abort_requested);
+  end if;
 end $$;
 comment on function pgscribe.turn is
-  'A worker''s turn, one transaction: ends attempts, claims jobs for the free slots. busy: attempts whose row somebody else has locked, to be ended later; abort: running queue jobs that are to stop; due: when a job falls due, and in how many seconds. The announcement goes to the other workers if slots are left.';
+  'A worker''s turn, one transaction: ends attempts, claims jobs for the free slots. busy: attempts whose row somebody else has locked, to be ended later; abort: which of the running queue jobs are to stop; due: when a job falls due, and in how many seconds. The announcement goes to the other workers if slots are left.';
 
 create function pgscribe.sweep_stalled_jobs(stall_timeout double precision, default_max_attempts integer) returns integer
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   dead bigint[];
+  orphaned bigint[];
   ended pgscribe.ended_attempt[];
   swept integer;
 begin
@@ -648,21 +702,24 @@ begin
   end if;
   dead := array(select id from procrastinate.procrastinate_workers
                  where last_heartbeat < now() - make_interval(secs => stall_timeout));
+  orphaned := array(
+    select q.id from procrastinate.procrastinate_jobs q where q.worker_id = any (dead) and q.status::text = 'doing'
+    union all
+    select q.id from procrastinate.procrastinate_jobs q where q.worker_id is null and q.status = 'doing');
   select array_agg(row(q.id, p.id, p.attempt, 'retry', null, null, 'worker_lost',
            format('Worker %s ended, or was not heard of for %s s, during attempt %s.',
              coalesce(q.worker_id::text, '(unknown)'), stall_timeout, p.attempt), 0)::pgscribe.ended_attempt)
     into ended
     from procrastinate.procrastinate_jobs q join public.processing_jobs p on p.job_id = q.id::text
-   where q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead));
+   where q.id = any (orphaned);
   select coalesce(cardinality(e.held), 0) into swept from pgscribe.end_attempts(null, coalesce(ended, '{}'), default_max_attempts) e;
   -- Queue jobs whose processing job was deleted, and those of another kind.
   delete from procrastinate.procrastinate_jobs q
-   where q.queue_name = 'transcription' and q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead))
+   where q.id = any (orphaned) and q.queue_name = 'transcription' and q.status::text = 'doing'
      and not exists (select from public.processing_jobs p where p.job_id = q.id::text);
   with others as (
     select q.id, q.attempts, q.abort_requested from procrastinate.procrastinate_jobs q
-     where q.status = 'doing' and (q.worker_id is null or q.worker_id = any (dead))
-       and not exists (select from public.processing_jobs p where p.job_id = q.id::text)
+     where q.id = any (orphaned) and q.queue_name <> 'transcription' and q.status::text = 'doing'
        for update skip locked)
   update procrastinate.procrastinate_jobs q set
       status = case when o.abort_requested then 'aborted' when o.attempts + 1 >= default_max_attempts then 'failed'
@@ -671,7 +728,7 @@ begin
     from others o where q.id = o.id;
   delete from procrastinate.procrastinate_workers w
    where w.id = any (dead) and not exists (
-     select from procrastinate.procrastinate_jobs q where q.worker_id = w.id and q.status = 'doing');
+     select from procrastinate.procrastinate_jobs q where q.worker_id = w.id and q.status::text = 'doing');
   if swept > 0 then
     perform pgscribe.wake_workers();
   end if;
@@ -681,11 +738,11 @@ comment on function pgscribe.sweep_stalled_jobs is
   'Gives jobs of workers that have not been heard of for stall_timeout seconds back to the queue, or fails them after their last attempt; returns how many.';
 
 create function pgscribe.beat(
-  worker bigint, held uuid[], attempts integer[], held_queue_jobs bigint[],
+  worker bigint, held bigint[], attempts integer[], held_queue_jobs bigint[],
   stall_timeout double precision, default_max_attempts integer, sweep boolean, echo_channel text default null) returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
-  lost uuid[];
+  lost jsonb;
   orphans pgscribe.ended_attempt[];
   swept integer := 0;
 begin
@@ -693,14 +750,14 @@ begin
   if not found then
     return null;
   end if;
-  select array_agg(h.id) into lost from unnest(held, attempts) h (id, attempt)
+  select jsonb_agg(jsonb_build_array(h.id, h.attempt)) into lost from unnest(held, attempts) h (id, attempt)
    where not exists (select from public.processing_jobs p
-                      where p.id = h.id and p.attempt = h.attempt and p.status = 'processing');
+                      where p.job_id = h.id::text and p.attempt = h.attempt and p.status || '' = 'processing');
   -- Claims whose answer never arrived.
   select array_agg(row(q.id, p.id, coalesce(p.attempt, q.attempts), 'released', null, null, null, null, null)::pgscribe.ended_attempt)
     into orphans
     from procrastinate.procrastinate_jobs q left join public.processing_jobs p on p.job_id = q.id::text
-   where q.worker_id = worker and q.status = 'doing' and q.id <> all (held_queue_jobs);
+   where q.worker_id = worker and q.status::text = 'doing' and q.id <> all (held_queue_jobs);
   if orphans is not null then
     perform from pgscribe.end_attempts(worker, orphans, default_max_attempts);
     perform pgscribe.wake_workers();
@@ -712,13 +769,13 @@ begin
     swept := pgscribe.sweep_stalled_jobs(stall_timeout, default_max_attempts);
   end if;
   return (select jsonb_build_object(
-      'lost', coalesce(to_jsonb(lost), '[]'), 'orphans', coalesce(cardinality(orphans), 0), 'swept', swept,
+      'lost', coalesce(lost, '[]'), 'orphans', coalesce(cardinality(orphans), 0), 'swept', swept,
       'workers', count(*), 'rank', count(*) filter (where w.id < worker),
       'stall', extract(epoch from min(w.last_heartbeat) filter (where w.id <> worker) - clock_timestamp()) + stall_timeout)
     from procrastinate.procrastinate_workers w);
 end $$;
 comment on function pgscribe.beat is
-  'A worker''s heartbeat. Null once it has been presumed dead. lost: jobs it no longer holds; stall: seconds until another worker may be presumed dead; workers and rank: how many there are and how many are older. The echo channel is notified, so that the worker knows whether its listener hears.';
+  'A worker''s heartbeat. Null once it has been presumed dead. lost: queue jobs and attempts that it no longer holds; stall: seconds until another worker may be presumed dead; workers and rank: how many there are and how many are older. The echo channel is notified, so that the worker knows whether its listener hears.';
 
 create function pgscribe.sign_off(worker bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

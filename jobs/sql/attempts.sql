@@ -2,5 +2,5 @@
 -- are the fence, and change only with the row locked.
 
 -- write_progress --
-update public.processing_jobs set progress = %(progress)s
+update public.processing_jobs set progress = %(progress)s, updated_at = now()
  where id = %(job_id)s and attempt = %(attempt)s and status = 'processing' and progress < %(progress)s

@@ -4,10 +4,9 @@
 select worker_id from procrastinate.procrastinate_register_worker_v1()
 
 -- turn --
-select pgscribe.turn(
-  %(worker_id)s,
-  array(select e from jsonb_populate_recordset(null::pgscribe.ended_attempt, %(ended)s) e),
-  %(wanted)s, %(other_queues)s, %(max_attempts)s, %(announcement)s)
+select jobs, others, more, missed, due, due_in, busy, abort
+  from pgscribe.turn(
+    %(worker_id)s, %(ended)s, %(wanted)s, %(running)s, %(other_queues)s, %(max_attempts)s, %(announcement)s)
 
 -- beat --
 select pgscribe.beat(
@@ -18,6 +17,8 @@ select pgscribe.beat(
 select pgscribe.sign_off(%(worker_id)s)
 
 -- prepare_connection --
--- A worker's statements are short. What takes longer is stuck, and is tried again.
+-- A worker's statements are short. What takes longer is stuck, and is tried again. Compiling them would
+-- take longer than they do.
 select set_config('search_path', 'procrastinate, pg_temp', false),
-       set_config('statement_timeout', '8s', false), set_config('lock_timeout', '4s', false)
+       set_config('statement_timeout', '8s', false), set_config('lock_timeout', '4s', false),
+       set_config('jit', 'off', false)

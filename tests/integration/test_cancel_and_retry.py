@@ -151,6 +151,25 @@ def test_a_request_cannot_be_taken_back_or_backdated(conn: psycopg.Connection, u
     assert read(conn, "cancel_requested_at is not null") == (True,)
 
 
+def test_the_mirrors_marker_opens_nothing_to_owners(conn: psycopg.Connection, user: UUID) -> None:
+    make_job(conn, user, "processing")
+    before = read(conn, "job_id, status, attempt")
+    with acting_as(conn, user):
+        conn.execute("set local pgscribe.mirroring = 'on'")
+        conn.execute("update processing_jobs set retry_requested_at = now()")
+        conn.execute("update processing_jobs set cancel_requested_at = '2001-01-01'")
+    assert read(conn, "job_id, status, attempt") == before
+    assert read(conn, "retry_requested_at, cancel_requested_at > now() - interval '1 minute'") == (
+        None,
+        True,
+    )
+    for change in ("status = 'completed'", "job_id = '1'", "user_id = null"):
+        with acting_as(conn, user):
+            conn.execute("set local pgscribe.mirroring = 'on'")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
+                conn.execute(f"update processing_jobs set {change}".encode())
+
+
 def test_owners_see_their_own_attempts_only(
     conn: psycopg.Connection, user: UUID, make_user: MakeUser
 ) -> None:

@@ -15,8 +15,8 @@ import psycopg
 import pytest
 
 from jobs import database
+from jobs.execution import Job
 from jobs.queue import ClaimedJob, Queue
-from jobs.queue_worker import Job
 from jobs.settings import Settings
 from jobs.worker import make_app
 
@@ -44,9 +44,14 @@ def insert(
     )
 
 
-def set_limits(conn: psycopg.Connection, user: UUID, **limits: float) -> None:
-    given = ", ".join(f"{name} => %({name})s" for name in limits)
-    conn.execute(f"select limit_owner(%(user)s, {given})".encode(), {"user": user, **limits})
+def set_limits(
+    conn: psycopg.Connection,
+    user: UUID,
+    *,
+    weight: float | None = None,
+    max_running: int | None = None,
+) -> None:
+    conn.execute("select limit_owner(%s, %s, %s::real)", (user, max_running, weight))
 
 
 def owner(job: ClaimedJob) -> UUID:
@@ -184,7 +189,7 @@ async def test_an_owner_who_comes_back_starts_level(
     await slots.run(30, lengths)  # alone, which is not held against them
     insert(conn, busy, [60] * 100)
     insert(conn, returning, [60] * 5)
-    assert Counter(await slots.run(10, lengths)) == {busy: 5, returning: 5}
+    assert (await slots.run(10, lengths)).count(returning) in {4, 5}
     await slots.run(40, lengths)
     insert(conn, returning, [60] * 50)
     assert (await slots.run(20, lengths)).count(returning) in {9, 10, 11}
@@ -316,7 +321,8 @@ async def test_nobody_starves(
         ending = [held.pop() for _ in range(rng.randint(0, len(held)))]
         await slots.end(ending, lengths)
     while await claim(8):
-        pass
+        await slots.end(held, lengths)
+        held.clear()
     assert not any(waiting.values())
 
 
@@ -359,9 +365,9 @@ async def test_ten_owners_share_a_worker_fairly(
         running = asyncio.create_task(worker.run())
         async with asyncio.timeout(30):
             await finished.wait()
-        worker.stop_now()
+        worker.stop()
         await running
-    # All have equal turns as soon as the jobs are done that ran or were claimed when the others came.
+    # Once the jobs are done that had been claimed when the others came, turns are equal.
     window = Counter(done[18:108])
     assert window[heavy] <= 14
     assert all(window[user] >= 7 for user in users[1:])

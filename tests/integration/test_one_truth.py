@@ -86,6 +86,20 @@ def test_nobody_writes_status_by_hand(conn: psycopg.Connection, status: str) -> 
 
 
 @pytest.mark.usefixtures("job")
+def test_nobody_writes_status_by_hand_after_the_queue_did(conn: psycopg.Connection) -> None:
+    """In the same transaction: what lets the mirror write ends with it."""
+    by_hand = b"update processing_jobs set status = 'failed', error = 'x', error_code = 'x'"
+    with conn.transaction():
+        set_queue_status(conn, "doing")
+        with (
+            pytest.raises(psycopg.errors.CheckViolation, match='which says "processing"'),
+            conn.transaction(),
+        ):
+            conn.execute(by_hand)
+    assert read(conn, "status") == ("processing",)
+
+
+@pytest.mark.usefixtures("job")
 @pytest.mark.parametrize(
     "change",
     [

@@ -208,10 +208,11 @@ async def test_what_a_stopping_worker_gives_back_costs_no_attempt(
     queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
 ) -> None:
     insert(conn, user, max_attempts=1)
+    conn.execute("update processing_jobs set error_code = 'earlier', error = 'Why.'")
     for _ in range(3):
         job = await claim_one(queue, worker)
         await queue.turn(worker, [job.end("released")], 0, None)
-    assert [outcome for _, outcome, _ in attempts(conn)] == ["released"] * 3
+    assert attempts(conn) == [(number, "released", None) for number in (1, 2, 3)]
     assert len(await claim(queue, worker)) == 1
 
 
@@ -280,7 +281,7 @@ async def test_a_claim_whose_answer_got_lost_is_given_back(
     kept_id, lost_id = insert(conn, user, 2)
     kept = await claim_one(queue, worker)
     await claim_one(queue, worker)
-    beat = await queue.beat(worker, [kept], sweep=False, echo_channel="echo")
+    beat = await queue.beat(worker, [kept], sweep=False)
     assert beat is not None
     assert (beat.orphans, beat.lost) == (1, frozenset())
     assert (read(conn, kept_id)["status"], read(conn, lost_id)["status"]) == (
@@ -292,12 +293,12 @@ async def test_a_claim_whose_answer_got_lost_is_given_back(
 async def test_a_beat_names_what_the_worker_has_lost(
     queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
 ) -> None:
-    (job_id,) = insert(conn, user)
+    insert(conn, user)
     job = await claim_one(queue, worker)
     conn.execute("update procrastinate.procrastinate_jobs set status = 'todo', worker_id = null")
-    beat = await queue.beat(worker, [job], sweep=False, echo_channel="echo")
+    beat = await queue.beat(worker, [job], sweep=False)
     assert beat is not None
-    assert beat.lost == {job_id}
+    assert beat.lost == {job.key}
 
 
 async def _kill_worker(conn: psycopg.Connection, worker: int) -> None:
@@ -326,7 +327,7 @@ async def test_jobs_of_a_dead_worker_are_swept_until_their_attempts_are_used_up(
         await claim_one(queue, worker)
         await _kill_worker(conn, worker)
         assert (sweep(conn), sweep(conn)) == (1, 0)
-        assert await queue.beat(worker, [], sweep=False, echo_channel="echo") is None
+        assert await queue.beat(worker, [], sweep=False) is None
     row = read(conn, job_id)
     assert (row["status"], row["error_code"], row["attempt"]) == ("failed", "worker_lost", 3)
     assert "attempt 3" in row["error"]
@@ -338,7 +339,7 @@ async def test_a_living_workers_jobs_are_left_alone(
 ) -> None:
     insert(conn, user)
     job = await claim_one(queue, worker)
-    await queue.beat(worker, [job], sweep=True, echo_channel="echo")
+    await queue.beat(worker, [job], sweep=True)
     assert sweep(conn, stall_timeout=20) == 0
 
 

@@ -1,0 +1,177 @@
+"""A worker's connection to Postgres: calls and notifications on one, replaced when it fails."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from jobs.sql import QUEUE
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 10.0  # seconds
+CALL_TIMEOUT = 10.0  # seconds; the server gives a statement up after 8
+
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+Connect = Callable[[], Awaitable[Connection]]
+
+
+class QueueConnection:
+    """Calls functions, one at a time, and hears what is notified meanwhile and in between.
+
+    Notifications are hints: anybody who may connect can send any, so the receiver looks into the
+    tables. Listening on the same connection saves the database a connection for each worker, and a
+    worker the time to wake two of them. It may belong to a pooler that drops LISTEN: send a
+    notification to ``echo_channel`` and call ``check_echo`` some time later.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._conn: Connection | None = None
+        self._channels: Sequence[str] = ()
+        self._on_notify: Callable[[str, str], None] = lambda _channel, _payload: None
+        self._on_connect: Callable[[], None] = lambda: None
+        self._on_loss: Callable[[], None] = lambda: None
+        self.call_timeout = CALL_TIMEOUT
+        self.echo_channel = f"pgscribe_echo_{secrets.token_hex(8)}"
+        self._echoed = False
+        self.hears = False  # whether the last echo arrived
+
+    def listen(
+        self,
+        channels: Sequence[str],
+        *,
+        on_notify: Callable[[str, str], None],
+        on_connect: Callable[[], None],
+        on_loss: Callable[[], None],
+    ) -> None:
+        """From the next call on, listen.
+
+        ``on_notify(channel, payload)`` is called for what arrives, ``on_connect`` after each gap,
+        ``on_loss`` when the connection has ended between two calls: the next one opens another.
+        """
+        self._channels = [*channels, self.echo_channel]
+        self._on_notify = on_notify
+        self._on_connect = on_connect
+        self._on_loss = on_loss
+
+    async def call(self, query: str, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Execute one of ``jobs/sql/queue.sql`` and return its row.
+
+        Raises what psycopg raises, and ``TimeoutError`` where no connection could be opened.
+        """
+        if self._conn is None or self._conn.closed:
+            await self.close()
+            self._conn = await self._open()
+        row = await self._execute(self._conn, QUEUE[query], values)
+        assert row is not None
+        return row
+
+    async def close(self) -> None:
+        """Close the connection. A later call opens another one."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            self._stop_reading(conn)
+            with contextlib.suppress(psycopg.Error, OSError):
+                await conn.close()
+
+    async def _open(self) -> Connection:
+        self.hears = False
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            conn = await self._connect()
+        try:
+            conn.add_notify_handler(lambda notify: self._hear(notify.channel, notify.payload))
+            await self._execute(conn, QUEUE["prepare_connection"], {})
+            if self._channels:
+                listens = map(sql.SQL("listen {}").format, map(sql.Identifier, self._channels))
+                await self._execute(conn, sql.SQL("; ").join(listens))
+                self._on_connect()
+        except BaseException:
+            self._stop_reading(conn)
+            await conn.close()
+            raise
+        return conn
+
+    async def _execute(
+        self,
+        conn: Connection,
+        statement: bytes | sql.Composed,
+        values: dict[str, Any] | None = None,
+    ) -> tuple[Any, ...] | None:
+        self._stop_reading(conn)
+        # Not asyncio.timeout: psycopg, when cancelled, waits for the server to cancel the query.
+        timeout = self.call_timeout
+        deadline = asyncio.get_running_loop().call_later(timeout, _hang_up, conn, timeout)
+        try:
+            # A pooler that passes notifications on keeps prepared statements, too.
+            conn.prepare_threshold = 0 if self.hears else None
+            cursor = await conn.execute(statement, values)
+            return await cursor.fetchone() if cursor.description else None
+        finally:
+            deadline.cancel()
+            if self._channels and not conn.closed:
+                self._start_reading(conn)
+
+    # Between calls
+
+    def _start_reading(self, conn: Connection) -> None:
+        asyncio.get_running_loop().add_reader(conn.fileno(), self._read, conn)
+        self._read_buffered(conn)
+
+    @staticmethod
+    def _stop_reading(conn: Connection) -> None:
+        with contextlib.suppress(psycopg.Error):
+            asyncio.get_running_loop().remove_reader(conn.fileno())
+
+    def _read(self, conn: Connection) -> None:
+        file = conn.fileno()
+        try:
+            conn.pgconn.consume_input()
+        except psycopg.OperationalError as exc:
+            logger.warning("The connection was lost: %s", str(exc).strip())
+            asyncio.get_running_loop().remove_reader(file)
+            self._on_loss()
+        else:
+            self._read_buffered(conn)
+
+    def _read_buffered(self, conn: Connection) -> None:
+        while notification := conn.pgconn.notifies():
+            self._hear(
+                notification.relname.decode(errors="replace"),
+                notification.extra.decode(errors="replace"),
+            )
+
+    def _hear(self, channel: str, payload: str) -> None:
+        if channel == self.echo_channel:
+            self._echoed = self.hears = True
+        else:
+            self._on_notify(channel, payload)
+
+    # Echoes
+
+    def expect_echo(self) -> None:
+        """Say that an echo is about to be sent."""
+        self._echoed = False
+
+    async def check_echo(self) -> None:
+        """Close the connection if the expected echo has not arrived."""
+        if not self._echoed:
+            self.hears = False
+            await self.close()
+
+
+def _hang_up(conn: Connection, waited: float) -> None:
+    """End a call that gets no answer, as if the server had closed the connection."""
+    logger.warning("No answer from the database for %g s", waited)
+    with (
+        contextlib.suppress(OSError, psycopg.Error),
+        socket.socket(fileno=os.dup(conn.fileno())) as connection,
+    ):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,231 @@
+"""What the queue reads must not depend on how many finished jobs there are."""
+
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+
+from db.embedded import SUPERUSER, EmbeddedPostgres
+from jobs import database
+from jobs.queue import ClaimedJob, OutcomeName, Queue
+from jobs.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+FINISHED = """
+with finished as (
+  select gen_random_uuid() as id, n, now() - interval '20 days' * (1 - n::float8 / %(count)s) as at
+    from generate_series(1, %(count)s) n),
+queue_jobs as (
+  insert into procrastinate.procrastinate_jobs
+    (id, queue_name, task_name, args, status, attempts)
+  select n, 'transcription', 'transcribe', jsonb_build_object('processing_job_id', id),
+         'succeeded', 1
+    from finished)
+insert into public.processing_jobs
+  (id, user_id, file_path, job_id, status, progress, attempt,
+   started_at, completed_at, created_at, result)
+select id, (%(users)s::uuid[])[1 + n %% cardinality(%(users)s::uuid[])], 'a/b.mp3', n::text,
+       'completed', 1, 1, at, at, at, '{}'
+  from finished
+"""
+READS = """
+select sum(seq_scan), sum(seq_tup_read + coalesce(idx_tup_fetch, 0)),
+       sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)
+  from pg_stat_user_tables join pg_statio_user_tables using (relid)
+ where pg_stat_user_tables.relname in ('processing_jobs', 'procrastinate_jobs')
+"""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What both tables of jobs were read for."""
+
+    sequential_scans: int
+    rows: int
+    blocks: int
+
+
+class Meter:
+    """Tells what a step reads. ``sessions`` are those that take it."""
+
+    def __init__(self, conn: psycopg.Connection) -> None:
+        self._conn = conn
+        self.sessions: list[database.Connection] = []
+
+    async def _read(self) -> list[int]:
+        # What a session has read is told to the others at the end of its next transaction.
+        for session in self.sessions:
+            await session.execute("select pg_stat_force_next_flush()")
+        self._conn.execute("select pg_stat_force_next_flush()")
+        row = self._conn.execute(READS.encode()).fetchone()
+        assert row is not None
+        return list(map(int, row))
+
+    async def measure(self, step: Awaitable[Any]) -> Reads:
+        before = await self._read()
+        await step
+        after = await self._read()
+        return Reads(*(b - a for a, b in zip(before, after, strict=True)))
+
+
+@pytest.fixture
+def full_database(
+    request: pytest.FixtureRequest, postgres: EmbeddedPostgres, database: str
+) -> list[UUID]:
+    """Fill the database with very many finished jobs; return their owners."""
+    users = [uuid4() for _ in range(20)]
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    with psycopg.connect(
+        postgres.url(user=SUPERUSER, database=str(name)), autocommit=True
+    ) as admin:
+        admin.execute(
+            "insert into auth.users (id, email) select id, id::text from unnest(%s) id", (users,)
+        )
+        admin.execute("set session_replication_role = replica")
+        for table in ("public.processing_jobs", "procrastinate.procrastinate_jobs"):
+            admin.execute(f"alter table {table} set (autovacuum_enabled = false)".encode())
+        admin.execute(FINISHED.encode(), {"count": request.param, "users": users})
+        admin.execute(
+            "select setval('procrastinate.procrastinate_jobs_id_seq', %s)", (request.param,)
+        )
+        admin.execute("analyze public.processing_jobs, procrastinate.procrastinate_jobs")
+    return users
+
+
+@pytest.fixture
+def meter(conn: psycopg.Connection) -> Meter:
+    return Meter(conn)
+
+
+@pytest.fixture
+async def queue(settings: Settings, meter: Meter) -> AsyncIterator[Queue]:
+    async def connect() -> database.Connection:
+        connection = await database.connect(settings, name="test")
+        meter.sessions.append(connection)
+        return connection
+
+    queue = Queue(connect, max_attempts=3, stall_timeout=0.1)
+    yield queue
+    await queue.close()
+
+
+class Steps:
+    """Everything that is done often, as an asynchronous function without arguments each."""
+
+    def __init__(
+        self, conn: psycopg.Connection, queue: Queue, worker: int, users: list[UUID]
+    ) -> None:
+        self._conn = conn
+        self._queue = queue
+        self._worker = worker
+        self._users = users
+        self._held: list[ClaimedJob] = []
+
+    async def insert(self, count: int) -> None:
+        self._conn.execute(
+            "insert into processing_jobs (user_id, file_path)"
+            " select (%(users)s::uuid[])[1 + n %% cardinality(%(users)s::uuid[])], 'a/b.mp3'"
+            " from generate_series(1, %(count)s) n",
+            {"users": self._users, "count": count},
+        )
+
+    async def schedule(self) -> None:
+        self._conn.execute(
+            "insert into processing_jobs (user_id, file_path, scheduled_at)"
+            " values (%s, 'a/b.mp3', now() + interval '1 hour')",
+            (self._users[0],),
+        )
+
+    async def claim(self) -> None:
+        self._held += (await self._queue.turn(self._worker, [], 10, None)).jobs
+        assert self._held
+
+    async def end_and_claim(self) -> None:
+        outcomes: tuple[OutcomeName, ...] = (
+            "succeeded",
+            "failed",
+            "retry",
+            "released",
+            "cancelled",
+        )
+        ended = [
+            job.end(outcomes[number % len(outcomes)], result={}, audio_seconds=10.0)
+            for number, job in enumerate(self._held)
+        ]
+        self._held = (await self._queue.turn(self._worker, ended, 10, None)).jobs
+        assert self._held
+
+    async def beat(self) -> None:
+        beat = await self._queue.beat(self._worker, self._held, sweep=False)
+        assert beat is not None
+        assert not beat.lost
+
+    async def sweep(self) -> None:
+        dead = await self._queue.register()
+        assert (await self._queue.turn(dead, [], 10, None)).jobs
+        self._conn.execute(
+            "update procrastinate.procrastinate_workers"
+            " set last_heartbeat = now() - interval '1 minute' where id = %s",
+            (dead,),
+        )
+        beat = await self._queue.beat(self._worker, self._held, sweep=True)
+        assert beat is not None
+        assert beat.swept == 10
+
+    async def cancel_and_retry(self) -> None:
+        row = self._conn.execute(
+            "insert into processing_jobs (user_id, file_path) values (%s, 'a/b.mp3') returning id",
+            (self._users[0],),
+        ).fetchone()
+        self._conn.execute("select cancel_processing_job(%s)", row)
+        self._conn.execute("select retry_processing_job(%s)", row)
+
+    async def prune(self, what: str) -> None:
+        row = self._conn.execute(
+            "select pgscribe.prune(%s, interval '10 days', 100)", (what,)
+        ).fetchone()
+        assert row == (100,)
+
+    async def sign_off(self) -> None:
+        await self._queue.sign_off(await self._queue.register())
+
+
+def check(name: str, reads: Reads, *, rows: int) -> None:
+    # A row is read a few times and has half a dozen index entries, each some levels deep.
+    assert reads.sequential_scans == 0, name
+    assert reads.rows <= 20 * rows + 200, (name, reads)
+    assert reads.blocks <= 200 * rows + 2000, (name, reads)
+
+
+@pytest.mark.parametrize(
+    "full_database",
+    [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)],
+    indirect=True,
+)
+async def test_what_is_read_does_not_depend_on_finished_jobs(
+    full_database: list[UUID], conn: psycopg.Connection, queue: Queue, meter: Meter
+) -> None:
+    worker = await queue.register()
+    steps = Steps(conn, queue, worker, full_database)
+    plan: list[tuple[str, int, Callable[[], Awaitable[None]]]] = [
+        ("insert 1,000", 1000, functools.partial(steps.insert, 1000)),
+        ("insert", 1, functools.partial(steps.insert, 1)),
+        ("schedule", 1, steps.schedule),
+        ("claim", 10, steps.claim),
+        ("beat", 10, steps.beat),
+        ("end and claim", 20, steps.end_and_claim),
+        ("sweep", 20, steps.sweep),
+        ("cancel and retry", 3, steps.cancel_and_retry),
+        ("prune queue jobs", 100, functools.partial(steps.prune, "queue_jobs")),
+        ("prune", 100, functools.partial(steps.prune, "completed")),
+        ("sign off", 1, steps.sign_off),
+    ]
+    # More often than it takes Postgres to settle for a plan that suits all values.
+    for _ in range(8):
+        for name, rows, step in plan:
+            check(name, await meter.measure(step()), rows=rows)
