@@ -1,0 +1,241 @@
+"""The real worker process, but its jobs do what their file's name says, and it can kill itself.
+
+``<user>/sleep-0.3`` sleeps, ``<user>/poison`` kills the process, and so on: see ``ACTIONS``. Each
+execution leaves lines in ``FAULT_LEDGER``. ``FAULT_KILL_AT`` names a step, such as "after the
+claim", at which the process ends by SIGKILL; ``FAULT_CLOCK_OFFSET`` is how far its clock is off.
+"""
+
+import asyncio
+import datetime as dt
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextvars import ContextVar
+from typing import Any, NoReturn, Self, TypeVar
+
+from jobs import queue, worker
+from jobs.connection import QueueConnection
+from jobs.errors import EngineCrashed, PgscribeError
+from jobs.models import Attempt, Transcript, TranscriptionOptions
+from jobs.queue import Ended, Queue, Turn
+from jobs.settings import Settings
+from jobs.storage.base import Storage
+from jobs.transcription import Transcriber
+
+T = TypeVar("T")
+
+KILL_AT = os.environ.get("FAULT_KILL_AT", "")
+LEDGER = os.open(os.environ["FAULT_LEDGER"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+SOON = 0.001  # seconds: within a call to the database
+AWKWARD = {"nul": "a\0b", "surrogate": "a\ud800b"}
+
+attempt_of_task: ContextVar[Attempt] = ContextVar("attempt_of_task")
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def note(event: str, attempt: Attempt) -> None:
+    line = f"{event} {attempt.job_id} {attempt.number} {os.getpid()} {time.monotonic()}\n"
+    os.write(LEDGER, line.encode())
+    say(event, attempt.job_id, attempt.number)
+
+
+async def sleep(_: Attempt, seconds: str) -> None:
+    await asyncio.sleep(float(seconds or 0))
+
+
+async def long_once(attempt: Attempt, seconds: str) -> None:
+    """Take long, but only at the first attempt."""
+    await asyncio.sleep(float(seconds) if attempt.number == 1 else 0.05)
+
+
+async def stubborn(attempt: Attempt, seconds: str) -> None:
+    """Take very long at the first attempt, and long to stop when told to; then take even longer."""
+    if attempt.number > 1:
+        await asyncio.sleep(3 * float(seconds))
+        return
+    try:
+        await asyncio.sleep(600)
+    finally:
+        await asyncio.sleep(float(seconds))
+
+
+async def poison(_: Attempt, seconds: str) -> None:
+    """Kill the process, after a while."""
+    await asyncio.sleep(float(seconds or 0))
+    die()
+
+
+async def retryable(attempt: Attempt, times: str) -> None:
+    if attempt.number <= int(times):
+        raise EngineCrashed
+
+
+async def fail(_: Attempt, __: str) -> None:
+    raise PgscribeError
+
+
+async def succeed(_: Attempt, __: str) -> None:
+    pass
+
+
+Action = Callable[[Attempt, str], Awaitable[None]]
+ACTIONS: dict[str, Action] = {
+    "sleep": sleep,
+    "long_once": long_once,
+    "stubborn": stubborn,
+    "poison": poison,
+    "retryable": retryable,
+    "fail": fail,
+}
+
+
+class ScriptedCompute:
+    def __init__(self, _: Settings) -> None:
+        pass
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def transcribe(
+        self, source: str, options: TranscriptionOptions, on_progress: Callable[[float], None]
+    ) -> Transcript:
+        attempt = attempt_of_task.get()
+        action, _, argument = source.rpartition("/")[2].partition("-")
+        on_progress(0.1)
+        await ACTIONS.get(action, succeed)(attempt, argument)
+        on_progress(1)
+        text = AWKWARD.get(action, f"{attempt.job_id} {attempt.number}")
+        duration = float("nan") if action == "nan" else 10.0
+        return Transcript(text, "en", duration, (), "scripted", options.model)
+
+
+class NoStorage:
+    """Every file is there."""
+
+    async def locate(self, file_path: str) -> str:
+        return file_path
+
+    async def save(self, file_path: str, chunks: object) -> int:
+        raise NotImplementedError
+
+    async def delete(self, file_path: str) -> bool:
+        raise NotImplementedError
+
+
+class ScriptedTranscriber(Transcriber):
+    def __init__(self, pool: Any, _: Storage, *arguments: Any, **options: Any) -> None:
+        super().__init__(pool, NoStorage(), *arguments, **options)
+
+    async def run(self, attempt: Attempt) -> Transcript:
+        attempt_of_task.set(attempt)
+        note("start", attempt)
+        if KILL_AT == "while a job runs":
+            die()
+        transcript = await super().run(attempt)
+        note("end", attempt)
+        return transcript
+
+
+class ScriptedQueue(Queue):
+    """Tells the test what it has done, unless it kills its process before that."""
+
+    async def register(self) -> int:
+        worker_id = await self._step("registering", super().register())
+        say("registered", worker_id)
+        return worker_id
+
+    async def turn(
+        self, worker_id: int, ended: Sequence[Ended], *arguments: Any, **options: Any
+    ) -> Turn:
+        outcomes = {end.outcome for end in ended}
+        turn = super().turn(worker_id, ended, *arguments, **options)
+        if "succeeded" in outcomes:
+            return await self._step("the end", turn)
+        if "released" in outcomes:
+            return await self._step("giving back", turn)
+        return await self._step("the claim", turn, lambda turn: bool(turn.jobs))
+
+    async def sign_off(self, worker_id: int) -> None:
+        await self._step("signing off", super().sign_off(worker_id))
+
+    @staticmethod
+    async def _step(
+        name: str, call: Coroutine[Any, Any, T], counts: Callable[[T], bool] = lambda _: True
+    ) -> T:
+        if f"before {name}" == KILL_AT:
+            die()
+        if f"during {name}" == KILL_AT:
+            asyncio.get_running_loop().call_later(SOON, die)
+        answer = await call
+        if f"after {name}" == KILL_AT and counts(answer):
+            die()
+        return answer
+
+
+class TalkativeConnection(QueueConnection):
+    def listen(self, *arguments: Any, on_connect: Callable[[], None], **options: Any) -> None:
+        def connected() -> None:
+            say("listening")
+            on_connect()
+
+        super().listen(*arguments, on_connect=connected, **options)
+
+
+class ShiftedDatetime(dt.datetime):
+    @classmethod
+    def now(cls, tz: dt.tzinfo | None = None) -> Self:
+        return cls.fromtimestamp(time.time(), tz)
+
+
+def shift_clock(offset: float) -> None:
+    """Make what this process takes for the time of day wrong."""
+    real_time = time.time
+    time.time = lambda: real_time() + offset
+    for module in list(sys.modules.values()):
+        if module is dt or module.__name__.startswith(("jobs.", "procrastinate")):
+            for name, value in list(vars(module).items()):
+                if value is ShiftedDatetime.__base__:
+                    setattr(module, name, ShiftedDatetime)
+
+
+def end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    for module, name, replacement in (
+        (worker, "LocalCompute", ScriptedCompute),
+        (worker, "Transcriber", ScriptedTranscriber),
+        (worker, "Queue", ScriptedQueue),
+        (queue, "QueueConnection", TalkativeConnection),
+    ):
+        setattr(module, name, replacement)
+    if offset := float(os.environ.get("FAULT_CLOCK_OFFSET", "0")):
+        shift_clock(offset)
+    settings = Settings.load().model_copy(
+        update={"stall_timeout": float(os.environ["FAULT_STALL_TIMEOUT"])}
+    )
+    asyncio.run(worker.run_until_signalled(settings))
+    say("ended")
+
+
+if __name__ == "__main__":
+    main()
