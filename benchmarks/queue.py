@@ -11,6 +11,8 @@ are pgscribe's figure to procrastinate's.
   jobs at a time. rtt1ms: a proxy adds half a millisecond each way.
 - pickup: from just before the commit of one inserted row to the start of its task in an idle
   worker, on the clock that all processes share; next to it, from when the commit has returned.
+- late: how much later than its time a scheduled job starts, and one that is tried again; from the
+  end of an owner's job to the start of the next, for an owner who may have one at a time.
 - enqueue: rows a second from one connection, each in a transaction, or 1,000 in a statement.
 - idle: statements a second that an idle worker sends, transaction control included, as a proxy
   counts them.
@@ -67,12 +69,13 @@ class Sizes:
     jobs_one_by_one: int = 5_000  # drained at concurrency 1
     jobs_far_away: int = 1_000  # drained by procrastinate through the proxy
     pickups: int = 200
+    late: int = 10
     singles: int = 1_500
     batches: int = 10
     idle_seconds: float = 30.0
 
 
-QUICK = Sizes(1_000, 500, 200, 50, 300, 2, 5.0)
+QUICK = Sizes(1_000, 500, 200, 50, 3, 300, 2, 5.0)
 
 
 class System(Protocol):
@@ -280,6 +283,57 @@ def pickup(databases: Databases, samples: int) -> dict[str, float]:
     return figures
 
 
+def due(conn: Connection) -> float | None:
+    """Return when the only job that waits falls due, on the monotonic clock."""
+    row = conn.execute(
+        "select extract(epoch from due_at)::float8 from public.processing_jobs"
+        " where status = 'queued' and due_at > now()"
+    ).fetchone()
+    return row[0] + time.monotonic() - time.time() if row else None
+
+
+def lateness(databases: Databases, samples: int) -> dict[str, float]:
+    """Return medians of how late jobs of ours start that wait for something else than a slot."""
+    ours = SYSTEMS[1]
+    schedule = (
+        "insert into public.processing_jobs (user_id, file_path, scheduled_at)"
+        " values (%s, 'a/b.mp3', clock_timestamp() + interval '0.3 s')"
+    )
+    late: dict[str, list[float]] = defaultdict(list)
+
+    def start_of(child: Child, due_at: float | None) -> float:
+        assert due_at is not None
+        return float(1000 * (child.read()["started"] - due_at))
+
+    with ExitStack() as stack:
+        url = stack.enter_context(databases.fresh(ours))
+        conn = stack.enter_context(connect(url))
+        conn.execute("select limit_owner(%s, 1)", (OWNERS[0],))
+        with worker(ours, url, 10) as child:
+            for _ in range(samples):
+                conn.execute(schedule, (OWNERS[0],))
+                late["late ms, scheduled"].append(start_of(child, due(conn)))
+        with worker(ours, url, 10, "--behaviour", "fail") as child:
+            for _ in range(samples):
+                ours.insert(conn, 1)
+                child.read()
+                while (due_at := due(conn)) is None:
+                    pass
+                late["late ms, tried again"].append(start_of(child, due_at))
+        with worker(ours, url, 10, "--behaviour", "take-time") as child:
+            conn.execute(
+                "insert into public.processing_jobs (user_id, file_path)"
+                " select %s, 'a/b.mp3' from generate_series(0, %s)",
+                (OWNERS[0], samples),
+            )
+            child.read()
+            for _ in range(samples):
+                late["late ms, after a released slot"].append(
+                    start_of(child, child.read()["ended"])
+                )
+    return {f"{what}/{OURS}": statistics.median(values) for what, values in late.items()}
+
+
 def enqueue(databases: Databases, system: System, rows: int, per_statement: int) -> float:
     """Return the rows a second that one connection inserts."""
     with databases.fresh(system) as url, connect(url) as conn:
@@ -316,7 +370,7 @@ def recovery(databases: Databases) -> float:
     ours = SYSTEMS[1]
     with ExitStack() as stack:
         url = stack.enter_context(databases.fresh(ours))
-        options = ("--stall-timeout", STALL_TIMEOUT, "--hang")
+        options = ("--stall-timeout", STALL_TIMEOUT, "--behaviour", "hang")
         workers = [stack.enter_context(worker(ours, url, 1, *options)) for _ in range(2)]
         time.sleep(1)
         with connect(url) as conn:
@@ -345,6 +399,7 @@ def measure_round(databases: Databases, sizes: Sizes, number: int) -> dict[str, 
     measure("drain/s c1", lambda s: drain(databases, s, sizes.jobs_one_by_one, 1))
     measure("drain/s c100 rtt1ms", lambda s: drain(databases, s, at_distance(s), 100, ONE_WAY))
     figures |= pickup(databases, sizes.pickups)
+    figures |= lateness(databases, sizes.late)
     measure("enqueue rows/s, one a statement", lambda s: enqueue(databases, s, sizes.singles, 1))
     measure(
         "enqueue rows/s, 1,000 a statement",

@@ -1,8 +1,8 @@
 """A worker process for ``benchmarks.queue``: pgscribe's, or plain procrastinate's.
 
 With ``--jobs`` it drains that many no-op jobs and prints how long that took, from the start of the
-worker to the commit of the last end. Without, it prints when it starts each job. It ends with its
-standard input, so never later than the benchmark.
+worker to the commit of the last end. Without, it prints when it starts each job, and when one ends
+that takes time. It ends with its standard input, so never later than the benchmark.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ import procrastinate
 import psycopg
 
 from jobs import database
+from jobs.errors import EngineCrashed
 from jobs.queue import QUEUE_NAME
 from jobs.settings import Settings
 from jobs.tasks import TASK_NAME
@@ -33,6 +34,7 @@ UNFINISHED = {
     " where status in ('todo', 'doing'))",
 }
 HANG = 3600.0  # seconds
+WHILE = 0.1  # seconds
 
 RunJob = Callable[[procrastinate.JobContext], Awaitable[object]]
 RunWorker = Callable[[], Coroutine[Any, Any, None]]
@@ -51,7 +53,12 @@ class Transcript:
 def add_task(app: procrastinate.App, run_job: RunJob) -> None:
     """Register the task that the jobs of both systems name."""
 
-    @app.task(name=TASK_NAME, queue=QUEUE_NAME, pass_context=True)
+    @app.task(
+        name=TASK_NAME,
+        queue=QUEUE_NAME,
+        pass_context=True,
+        retry=procrastinate.RetryStrategy(max_attempts=3, wait=1),
+    )
     async def transcribe(
         context: procrastinate.JobContext,
         processing_job_id: str,  # noqa: ARG001
@@ -122,16 +129,40 @@ async def until_finished(conn: psycopg.AsyncConnection[Any], system: str) -> Non
         await asyncio.sleep(0.002)
 
 
+async def hang(context: procrastinate.JobContext) -> None:
+    """First attempts never end."""
+    if context.job.attempts == 0:
+        await asyncio.sleep(HANG)
+
+
+async def fail(context: procrastinate.JobContext) -> None:
+    """First attempts fail."""
+    if context.job.attempts == 0:
+        raise EngineCrashed
+
+
+async def take_time(_: procrastinate.JobContext) -> None:
+    """Each attempt takes a while."""
+    await asyncio.sleep(WHILE)
+    say({"ended": time.monotonic()})
+
+
+async def nothing(_: procrastinate.JobContext) -> None:
+    """Jobs do nothing."""
+
+
+BEHAVIOURS = {"hang": hang, "fail": fail, "take-time": take_time, "nothing": nothing}
+
+
 async def serve(
-    system: str, url: str, concurrency: int, stall_timeout: float, *, hang: bool
+    system: str, url: str, concurrency: int, stall_timeout: float, behaviour: str
 ) -> None:
-    """Print when each job starts; ``hang``: first attempts never end."""
+    """Print when each job starts."""
     transcript = Transcript()
 
     async def run_job(context: procrastinate.JobContext) -> object:
         say({"started": time.monotonic()})
-        if hang and context.job.attempts == 0:
-            await asyncio.sleep(HANG)
+        await BEHAVIOURS[behaviour](context)
         return transcript
 
     async with SYSTEMS[system](url, concurrency, stall_timeout, run_job) as run_worker:
@@ -155,9 +186,9 @@ def end_with_stdin() -> None:
 @click.option("--concurrency", type=int, required=True)
 @click.option("--jobs", type=int)
 @click.option("--stall-timeout", type=float, default=30.0)
-@click.option("--hang", is_flag=True)
-def main(  # noqa: PLR0913 - one per option
-    system: str, url: str, concurrency: int, jobs: int | None, *, stall_timeout: float, hang: bool
+@click.option("--behaviour", type=click.Choice(list(BEHAVIOURS)), default="nothing")
+def main(  # noqa: PLR0913, PLR0917 - one per option
+    system: str, url: str, concurrency: int, jobs: int | None, stall_timeout: float, behaviour: str
 ) -> None:
     """Work."""
     logging.basicConfig(level=logging.ERROR)
@@ -165,7 +196,7 @@ def main(  # noqa: PLR0913 - one per option
     asyncio.run(
         drain(system, url, concurrency, stall_timeout, jobs)
         if jobs
-        else serve(system, url, concurrency, stall_timeout, hang=hang)
+        else serve(system, url, concurrency, stall_timeout, behaviour)
     )
 
 
