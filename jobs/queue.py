@@ -22,12 +22,7 @@ MAINTENANCE = "maintenance"
 OTHER_QUEUES = (MAINTENANCE,)
 
 #: What Postgres raises for a result that it can't store, however often that is tried.
-UNUSABLE = (
-    psycopg.DataError,
-    psycopg.IntegrityError,
-    psycopg.InternalError,
-    psycopg.errors.ProgramLimitExceeded,
-)
+UNUSABLE = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
 
 OutcomeName = Literal["succeeded", "failed", "cancelled", "retry", "released"]
 
@@ -117,10 +112,11 @@ class Turn:
 class Beat:
     """What a heartbeat brought. ``stall``: seconds until another worker may be presumed dead.
 
-    ``lost``: keys of the claims that this worker no longer holds.
+    ``lost``: keys of the claims that this worker no longer holds. ``abort``: as in ``Turn``.
     """
 
     lost: frozenset[tuple[int, int]]
+    abort: frozenset[int]
     orphans: int
     swept: int
     workers: int
@@ -171,6 +167,7 @@ class Queue:
                 "max_attempts": self._max_attempts,
                 "announcement": announcement,
             },
+            raises=UNUSABLE if ended else (),
         )
         return Turn(
             [ClaimedJob.from_row(row) for row in (*(jobs or ()), *(others or ()))],
@@ -203,6 +200,7 @@ class Queue:
             return None
         return Beat(
             frozenset(map(tuple, answer["lost"])),
+            frozenset(answer["abort"]),
             answer["orphans"],
             answer["swept"],
             answer["workers"],
@@ -214,10 +212,16 @@ class Queue:
         """Give back what the worker still holds, and forget the worker."""
         await self._call("sign_off", {"worker_id": worker_id})
 
-    async def _call(self, query: str, values: dict[str, Any]) -> Any:
+    async def _call(
+        self,
+        query: str,
+        values: dict[str, Any],
+        *,
+        raises: tuple[type[psycopg.Error], ...] = (),
+    ) -> Any:
         try:
             return await self.connection.call(query, values)
-        except UNUSABLE:
+        except raises:
             raise
         except (psycopg.Error, OSError, TimeoutError) as exc:
             await self.connection.close()

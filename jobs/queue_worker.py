@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import procrastinate
-import psycopg
 from procrastinate import exceptions, job_context, signals
 from procrastinate import worker as procrastinate_worker
 
@@ -87,6 +87,7 @@ class Worker(procrastinate_worker.Worker):
         self._busy_until = 0.0
         self._missed_backoff = Backoff(0.05, 2.0)
         self._abort_requested = False
+        self._turning = False
         self._next_beat = 0.0
         self._next_poll = 0.0
         self._next_echo_check: float | None = None
@@ -94,6 +95,7 @@ class Worker(procrastinate_worker.Worker):
         self._sweep_from = 0.0
         self._draining = False
         self._stop_at: float | None = None
+        self._give_up_at = math.inf
 
     # Starting and stopping
 
@@ -134,6 +136,7 @@ class Worker(procrastinate_worker.Worker):
         self.shutdown_graceful_timeout = 0.0
         self.stop()
         self._stop_at = 0.0
+        self._give_up_at = min(self._give_up_at, time.monotonic() + SIGN_OFF_TIMEOUT)
         self._changed.set()
 
     async def _drain_when_stopped(self) -> None:
@@ -141,6 +144,8 @@ class Worker(procrastinate_worker.Worker):
         self._draining = True
         if self.shutdown_graceful_timeout is not None and self._stop_at is None:
             self._stop_at = time.monotonic() + self.shutdown_graceful_timeout
+        if self._stop_at is not None:
+            self._give_up_at = max(self._stop_at, time.monotonic()) + SIGN_OFF_TIMEOUT
         self._queue.connection.call_timeout = SIGN_OFF_TIMEOUT
         self._changed.set()
 
@@ -173,15 +178,11 @@ class Worker(procrastinate_worker.Worker):
                 if away_since is not None:
                     logger.warning("Back in touch after %.1f s", time.monotonic() - away_since)
                     away_since = None
-                self._last_contact = time.monotonic()
             except DatabaseUnavailable as exc:
                 if away_since is None:
                     away_since = time.monotonic()
                     logger.warning("The database does not answer, trying again: %s", exc)
-                if (
-                    self._stop_at is not None
-                    and time.monotonic() > self._stop_at + SIGN_OFF_TIMEOUT
-                ):
+                if time.monotonic() > self._give_up_at:
                     logger.warning("Gave up signing off: the database is out of reach")
                     return
                 self._stop_what_takes_too_long()
@@ -191,6 +192,8 @@ class Worker(procrastinate_worker.Worker):
             await self._queue.sign_off(self._id)
 
     def _done(self) -> bool:
+        if time.monotonic() > self._give_up_at:
+            return True  # signing off gives back what could not be ended, or does not stop
         return self._draining and not (self._running or self._ended or self._busy)
 
     async def _take_turn_or_wait(self) -> None:
@@ -214,6 +217,7 @@ class Worker(procrastinate_worker.Worker):
             await self._turn(free)
         elif not self._done():
             times = [self._next_beat, self._next_echo_check, self._busy_until, self._stop_at]
+            times.append(self._give_up_at)
             times += [self._next_poll, self._wakeups.next()] if free else []
             await self._wait_for_change(min(at for at in times if at and at > now))
 
@@ -227,6 +231,7 @@ class Worker(procrastinate_worker.Worker):
         ended = list(self._ended)
         reached = self._wakeups.reached()
         self._abort_requested = False
+        self._turning = True
         try:
             turn = await self._queue.turn(
                 self._id,
@@ -235,23 +240,29 @@ class Worker(procrastinate_worker.Worker):
                 announcement(reached) if free and self._wakeups.workers > 1 else None,
                 running=bool(self._running),
             )
-        except UNUSABLE as exc:
-            await self._end_one_by_one(ended, exc)
+        except UNUSABLE:
+            await self._end_one_by_one(ended)
             return
+        finally:
+            self._turning = False
+        self._last_contact = time.monotonic()
         for _ in ended:
             self._ended.popleft()
         self._put_off([pair for pair in ended if pair[1].job_id in turn.busy])
         for claimed in turn.jobs:
             self._start(claimed)
         await asyncio.sleep(0)  # so that they start before anything else is done
-        for (queue_job_id, _), running in self._running.items():
-            if queue_job_id in turn.abort:
-                running.stop("cancel")
+        self._stop_cancelled(turn.abort)
         if free:
             self._wakeups.forget(reached)
             self._plan_next_look(turn)
             if not (self.wait or self._running or turn.more):
                 self.stop()
+
+    def _stop_cancelled(self, queue_job_ids: frozenset[int]) -> None:
+        for (queue_job_id, _), running in self._running.items():
+            if queue_job_id in queue_job_ids:
+                running.stop("cancel")
 
     def _put_off(self, busy: list[tuple[ClaimedJob, Ended]]) -> None:
         """End these a little later: somebody else has locked their rows."""
@@ -263,7 +274,7 @@ class Worker(procrastinate_worker.Worker):
 
     def _plan_next_look(self, turn: Turn) -> None:
         self._next_poll = time.monotonic() + (POLL if self._queue.connection.hears else POLL_DEAF)
-        if turn.more:
+        if turn.more and turn.jobs:
             self._wakeups.add_own()
         if turn.missed:
             self._wakeups.add_own(self._missed_backoff.next())
@@ -273,22 +284,21 @@ class Worker(procrastinate_worker.Worker):
             at, seconds = turn.due
             self._wakeups.add(int(at * 1000), max(seconds, 0.0) + 0.001)
 
-    async def _end_one_by_one(
-        self, ended: list[tuple[ClaimedJob, Ended]], exc: psycopg.Error
-    ) -> None:
+    async def _end_one_by_one(self, ended: list[tuple[ClaimedJob, Ended]]) -> None:
         """Find the result that Postgres can't store, and fail its job; end the others."""
-        if not ended:
-            raise DatabaseUnavailable(str(exc)) from exc
         for claimed, end in ended:
             try:
                 await self._queue.turn(self._id, [end], 0, None)
             except UNUSABLE as unusable:
-                logger.exception("How queue job %s ended can't be stored", end.queue_job_id)
                 refused = ResultNotStorable()
                 failed = claimed.end("failed", error_code=refused.code, error=str(refused))
-                if end == failed:
-                    raise DatabaseUnavailable(str(unusable)) from unusable
-                self._ended.append((claimed, failed))
+                try:
+                    await self._queue.turn(self._id, [failed], 0, None)
+                except UNUSABLE as also:  # so it is not the result
+                    raise DatabaseUnavailable(str(also)) from also
+                logger.exception(
+                    "How queue job %s ended can't be stored", end.queue_job_id, exc_info=unusable
+                )
             self._ended.popleft()
 
     async def _beat(self) -> None:
@@ -299,7 +309,7 @@ class Worker(procrastinate_worker.Worker):
             # Out of touch for that long: the others may have been, too, and need time to report.
             self._sweep_from = now + self._stall_timeout
         beat = await self._queue.beat(self._id, held, sweep=now >= self._sweep_from)
-        now = time.monotonic()
+        self._last_contact = now = time.monotonic()
         self._next_beat = now + self._beat_interval
         self._next_echo_check = now + min(ECHO_TIMEOUT, self._beat_interval / 2)
         if beat is None:
@@ -322,6 +332,7 @@ class Worker(procrastinate_worker.Worker):
         for running in self._running.values():
             if running.claimed.key in beat.lost:
                 running.stop("lost")
+        self._stop_cancelled(beat.abort)
 
     # Notifications: hints to look, never the truth
 
@@ -344,7 +355,8 @@ class Worker(procrastinate_worker.Worker):
             return
         match message:
             case {"type": "abort_job_requested", "job_id": int(job_id)}:
-                if any(job_id == queue_job_id for queue_job_id, _ in self._running):
+                # While a turn is under way it may be for a job that this turn claims.
+                if self._turning or any(job_id == queue_job for queue_job, _ in self._running):
                     self._abort_requested = True
                     self._changed.set()
             case {"type": "job_inserted", "job_id": int(job_id)}:
@@ -376,15 +388,20 @@ class Worker(procrastinate_worker.Worker):
                 "cancel": claimed.end("cancelled"),
                 "shutdown": claimed.end("released"),
                 "lost": None,
-            }[running.stopped or "shutdown"]
+                None: self._end_of_unforeseen(claimed),
+            }[running.stopped]
         except Exception:
             logger.exception("Queue job %s could not be run", claimed.queue_job_id)
-            end = claimed.end("failed", error_code=PgscribeError.code, error=str(PgscribeError()))
+            end = self._end_of_unforeseen(claimed)
         finally:
             del self._running[claimed.key]
         if end is not None:
             self._ended.append((claimed, end))
         self._changed.set()
+
+    @staticmethod
+    def _end_of_unforeseen(claimed: ClaimedJob) -> Ended:
+        return claimed.end("failed", error_code=PgscribeError.code, error=str(PgscribeError()))
 
     def _stop_what_takes_too_long(self) -> None:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:

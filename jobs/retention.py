@@ -59,6 +59,9 @@ async def _prune_audio(pool: Pool, storage: Storage, days: int) -> int:
         if reached is None:
             return total
         for path in paths:
-            total += await storage.delete(path)
+            try:
+                total += await storage.delete(path)
+            except OSError as exc:  # the others can go all the same
+                logger.warning("Audio %s could not be deleted: %s", path, exc)
         async with pool.connection() as conn:
             await conn.execute(RETENTION["audio_pruned"], {"reached": reached})

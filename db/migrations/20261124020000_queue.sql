@@ -47,9 +47,10 @@ create index pgscribe_jobs_worker_idx on procrastinate.procrastinate_jobs (worke
 -- Running jobs that are to stop, and those whose worker has been forgotten: none, most of the time.
 create index pgscribe_jobs_abort_idx on procrastinate.procrastinate_jobs (worker_id) where abort_requested;
 create index pgscribe_jobs_orphaned_idx on procrastinate.procrastinate_jobs (id) where status = 'doing' and worker_id is null;
--- Whether there is anything to do but transcriptions, and when; it holds a few rows.
+-- Whether there is anything to do but transcriptions, and when; it holds a few rows. Nothing is in procrastinate's
+-- old state aborting: with it, no index of all that waits answers the question as well, and none is read for it.
 create index pgscribe_jobs_others_idx on procrastinate.procrastinate_jobs ((coalesce(scheduled_at, '-infinity')))
-  where status = 'todo' and queue_name <> 'transcription';
+  where status in ('todo', 'aborting') and queue_name <> 'transcription';
 
 -- History ---------------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ begin
   end if;
   perform pgscribe.check_file_path(new.file_path);
   perform pgscribe.check_options(new.options);
-  if new.idempotency_key is not null then
+  -- Other users' keys are none of the caller's business; row level security refuses the row then.
+  if new.idempotency_key is not null and coalesce(auth.uid(), new.user_id) = new.user_id then
     select * into first from public.processing_jobs p
      where p.user_id = new.user_id and p.idempotency_key = new.idempotency_key;
     if first.id is not null and (first.file_path, first.options, first.scheduled_at, first.priority, first.max_attempts)
@@ -296,6 +298,10 @@ begin
   end if;
   if new.retry_requested_at is distinct from old.retry_requested_at then
     new.retry_requested_at := case when old.status in ('failed', 'cancelled') then now() else old.retry_requested_at end;
+    if new.retry_requested_at is distinct from old.retry_requested_at then  -- it is charged again
+      new.estimated_seconds := coalesce(new.audio_seconds,
+        (select s.mean_seconds from pgscribe.owner_shares s where s.owner_id = new.user_id), 60);
+    end if;
   end if;
   new.updated_at := now();
   return new;
@@ -407,11 +413,13 @@ begin
     from (
       select p.id, p.user_id,
              case when e.outcome in ('succeeded', 'failed', 'cancelled')
-               then coalesce(e.audio_seconds, p.audio_seconds, 0) - p.estimated_seconds else 0 end as correction,
+               then coalesce(e.audio_seconds, p.audio_seconds, extract(epoch from now() - p.started_at)) - p.estimated_seconds
+               else 0 end as correction,
              case when e.outcome = 'succeeded' then e.audio_seconds end as length
         from unnest(ended) e join public.processing_jobs p on p.id = e.job_id
+        join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
        where p.attempt = e.attempt and p.status || '' = 'processing'  -- by its id, not by an index of all running ones
-         for update of p skip locked) l;
+         for update of p, q skip locked) l;
   -- Queue jobs of another kind, and those whose job has been deleted.
   if held is null or cardinality(held) < cardinality(ended) then
     update procrastinate.procrastinate_jobs q set
@@ -434,8 +442,9 @@ begin
       updated_at = now(),
       result = e.result,
       audio_seconds = coalesce(e.audio_seconds, p.audio_seconds),
+      -- Of unknown audio the time counts that the slot was taken.
       estimated_seconds = case when e.outcome in ('succeeded', 'failed', 'cancelled')
-        then coalesce(e.audio_seconds, p.audio_seconds, 0) else p.estimated_seconds end,
+        then coalesce(e.audio_seconds, p.audio_seconds, extract(epoch from now() - p.started_at)) else p.estimated_seconds end,
       error_code = coalesce(e.error_code, p.error_code),
       error = coalesce(e.error, p.error)
     from unnest(ended) e
@@ -535,7 +544,7 @@ begin
                    order by s.virtual_time limit wanted) least_given) counted) c
             left join lateral (
               select p.id, p.priority, p.job_id::bigint as queue_job_id,
-                     case p.attempt when 0 then p.estimated_seconds else 0 end as seconds
+                     case when p.attempt = 0 or p.retry_requested_at > p.started_at then p.estimated_seconds else 0 end as seconds
                 from public.processing_jobs p
                where p.user_id = c.owner_id and p.status = 'queued' and p.due_at is null
                order by p.priority desc, p.job_id::bigint limit c.depth) j on true
@@ -557,7 +566,7 @@ begin
   -- say that there are none.
   with locked as materialized (
     select p.id, p.user_id, p.attempt, p.file_path, p.options, q.id as queue_job_id, c.tag, c.place,
-           case p.attempt when 0 then p.estimated_seconds else 0 end as seconds
+           case when p.attempt = 0 or p.retry_requested_at > p.started_at then p.estimated_seconds else 0 end as seconds
       from unnest(planned, start_tags) with ordinality c (id, tag, place)
       join public.processing_jobs p on p.id = c.id
       join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
@@ -637,6 +646,7 @@ declare
   owners uuid[];
   corrections double precision[];
   lengths double precision[];
+  slots integer := wanted;
   claimed integer;
   next_due timestamptz;
   next_other timestamptz;
@@ -658,23 +668,28 @@ begin
     end if;
   end if;
   if wanted > 0 then
+    -- One of another kind goes first, or retention would wait for as long as all slots are taken.
+    next_other := (
+      select min(coalesce(q.scheduled_at, '-infinity')) from procrastinate.procrastinate_jobs q
+       where q.status in ('todo', 'aborting') and q.queue_name <> 'transcription' and q.queue_name = any (other_queues));
+    if next_other <= now() then
+      others := pgscribe.claim_other_queue_jobs(worker, 1, other_queues);
+      wanted := wanted - coalesce(cardinality(others), 0);
+    end if;
     select c.jobs, c.claimed, c.more, c.missed into jobs, claimed, more, missed from pgscribe.claim_jobs(worker, wanted) c;
     if wanted > claimed then
-      select (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at > now()),
-             (select min(coalesce(q.scheduled_at, '-infinity')) from procrastinate.procrastinate_jobs q
-               where q.status = 'todo' and q.queue_name <> 'transcription' and q.queue_name = any (other_queues))
-        into next_due, next_other;
+      next_due := (select min(p.due_at) from public.processing_jobs p where p.status = 'queued' and p.due_at > now());
       if next_other <= now() then
-        others := pgscribe.claim_other_queue_jobs(worker, wanted - claimed, other_queues);
+        others := others || pgscribe.claim_other_queue_jobs(worker, wanted - claimed, other_queues);
         next_other := (
           select min(coalesce(q.scheduled_at, '-infinity')) from procrastinate.procrastinate_jobs q
-           where q.status = 'todo' and q.queue_name <> 'transcription' and q.queue_name = any (other_queues)
+           where q.status in ('todo', 'aborting') and q.queue_name <> 'transcription' and q.queue_name = any (other_queues)
              and coalesce(q.scheduled_at, '-infinity') > now());
       end if;
       next_due := least(next_due, next_other);
       due := extract(epoch from next_due);
       due_in := extract(epoch from next_due - clock_timestamp());
-      if announcement is not null and not more and wanted > claimed + coalesce(cardinality(others), 0) then
+      if announcement is not null and not more and slots > claimed + coalesce(cardinality(others), 0) then
         perform pg_notify('pgscribe_workers', announcement);
       end if;
     end if;
@@ -769,7 +784,9 @@ begin
     swept := pgscribe.sweep_stalled_jobs(stall_timeout, default_max_attempts);
   end if;
   return (select jsonb_build_object(
-      'lost', coalesce(lost, '[]'), 'orphans', coalesce(cardinality(orphans), 0), 'swept', swept,
+      'lost', coalesce(lost, '[]'),
+      'abort', (select coalesce(jsonb_agg(q.id), '[]') from procrastinate.procrastinate_jobs q
+                 where q.worker_id = worker and q.status::text = 'doing' and q.abort_requested), 'orphans', coalesce(cardinality(orphans), 0), 'swept', swept,
       'workers', count(*), 'rank', count(*) filter (where w.id < worker),
       'stall', extract(epoch from min(w.last_heartbeat) filter (where w.id <> worker) - clock_timestamp()) + stall_timeout)
     from procrastinate.procrastinate_workers w);

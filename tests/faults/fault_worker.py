@@ -86,6 +86,11 @@ async def fail(_: Attempt, __: str) -> None:
     raise PgscribeError
 
 
+async def cancelled(_: Attempt, __: str) -> None:
+    """End as if something that the task waited for had been cancelled."""
+    raise asyncio.CancelledError
+
+
 async def succeed(_: Attempt, __: str) -> None:
     pass
 
@@ -98,6 +103,7 @@ ACTIONS: dict[str, Action] = {
     "poison": poison,
     "retryable": retryable,
     "fail": fail,
+    "cancelled": cancelled,
 }
 
 

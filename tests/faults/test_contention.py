@@ -214,6 +214,15 @@ def test_failed_and_cancelled_jobs_run_again(
     assert [(row["status"], row["attempt"]) for row in rows] == [("completed", 1), ("completed", 2)]
 
 
+def test_a_task_that_is_cancelled_by_nobody_fails(
+    fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
+) -> None:
+    fleet.start_ready()
+    row = jobs.end(jobs.insert_one(user, "cancelled"))
+    assert (row["status"], row["error_code"], row["attempt"]) == ("failed", "internal_error", 1)
+    settled()
+
+
 GARBAGE = (
     "", "null", "[]", "{", "7", '"abort_job_requested"', "[" * 5000, '{"type": "job_inserted"}',
     '{"type": "job_inserted", "job_id": null}', '{"type": "job_inserted", "job_id": "x"}',

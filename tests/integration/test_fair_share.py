@@ -281,6 +281,19 @@ class Waiting:
     bound: float
 
 
+async def test_jobs_that_are_run_again_are_charged_again(
+    conn: psycopg.Connection, make_user: MakeUser, slots: Slots
+) -> None:
+    retrying, other = make_user(), make_user()
+    insert(conn, retrying, [60] * 10)
+    failed = await slots.claim(10)
+    ends = [job.end("failed", error_code="x", error="Why.") for job in failed]
+    await slots.queue.turn(slots.worker, ends, 0, None)
+    conn.execute("select retry_processing_job(id) from processing_jobs where status = 'failed'")
+    insert(conn, other, [60] * 10)
+    assert (await slots.claim_owners(10))[other] in {4, 5, 6}
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_nobody_starves(
     conn: psycopg.Connection, make_user: MakeUser, slots: Slots, seed: int

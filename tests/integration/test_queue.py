@@ -250,6 +250,47 @@ async def test_a_locked_row_delays_only_its_own_job(
     assert [other.attempt and other.attempt.job_id for other in turn.jobs] == [waiting]
 
 
+async def test_a_locked_queue_job_delays_only_its_own_end(
+    queue: Queue, worker: int, conn: psycopg.Connection, user: UUID, database: str
+) -> None:
+    locked, free = insert(conn, user, 2)
+    jobs = await claim(queue, worker, 2)
+    ends = [job.end("succeeded", result=RESULT) for job in jobs]
+    with psycopg.connect(database) as operator:
+        operator.execute(
+            "select from procrastinate.procrastinate_jobs where id = %s for update",
+            (jobs[0].queue_job_id,),
+        )
+        turn = await queue.turn(worker, ends, 0, None)
+        assert turn.busy == {locked}
+        assert read(conn, free)["status"] == "completed"
+    await queue.turn(worker, ends[:1], 0, None)
+    assert read(conn, locked)["status"] == "completed"
+
+
+async def test_a_beat_names_the_jobs_that_are_to_stop(
+    queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
+) -> None:
+    (job_id,) = insert(conn, user)
+    job = await claim_one(queue, worker)
+    conn.execute("select cancel_processing_job(%s)", (job_id,))
+    beat = await queue.beat(worker, [job], sweep=False)
+    assert beat is not None
+    assert beat.abort == {job.queue_job_id}
+
+
+async def test_retention_runs_while_transcriptions_take_all_slots(
+    queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
+) -> None:
+    insert(conn, user, 10)
+    conn.execute(
+        "insert into procrastinate.procrastinate_jobs (queue_name, task_name)"
+        " values ('maintenance', 'prune')"
+    )
+    jobs = await claim(queue, worker, 2)
+    assert {job.task_name for job in jobs} == {"transcribe", "prune"}
+
+
 async def test_a_deleted_job_stops_and_leaves_nothing_behind(
     queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
 ) -> None:

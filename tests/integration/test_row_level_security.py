@@ -60,6 +60,21 @@ def test_owners_insert_for_nobody_else(conn: psycopg.Connection, user: UUID, oth
         conn.execute(INSERT, (other, f"{user}/a.mp3"))
 
 
+def test_owners_learn_nothing_of_others_idempotency_keys(
+    conn: psycopg.Connection, user: UUID, other: UUID
+) -> None:
+    insert = (
+        b"insert into processing_jobs (user_id, file_path, idempotency_key) values (%s, %s, %s)"
+    )
+    conn.execute(insert, (other, f"{other}/secret.mp3", "known"))
+    for key in ("known", "unknown"):
+        with (
+            pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"),
+            acting_as(conn, user),
+        ):
+            conn.execute(insert, (other, f"{user}/a.mp3", key))
+
+
 @pytest.mark.parametrize("template", ["{other}/secret.mp3", "shared/a.mp3", "{user}", "{user}x/a"])
 def test_owners_insert_audio_of_their_own_folder_only(
     conn: psycopg.Connection, user: UUID, other: UUID, template: str
