@@ -82,6 +82,7 @@ class Worker(procrastinate_worker.Worker):
         self._changed = asyncio.Event()
         self._running: dict[tuple[int, int], _Running] = {}  # by ClaimedJob.key
         self._ended: deque[tuple[ClaimedJob, Ended]] = deque()
+        self._most_ends: int | None = None  # how many a turn takes, after one that failed
         self._busy: list[tuple[ClaimedJob, Ended]] = []  # their rows are locked by somebody else
         self._busy_backoff = Backoff(0.02, 1.0)
         self._busy_until = 0.0
@@ -228,7 +229,7 @@ class Worker(procrastinate_worker.Worker):
         alarm.cancel()
 
     async def _turn(self, free: int) -> None:
-        ended = list(self._ended)
+        ended = list(self._ended)[: self._most_ends]
         reached = self._wakeups.reached()
         self._abort_requested = False
         self._turning = True
@@ -243,11 +244,16 @@ class Worker(procrastinate_worker.Worker):
         except UNUSABLE:
             await self._end_one_by_one(ended)
             return
+        except DatabaseUnavailable:
+            self._most_ends = max(1, len(ended) // 2)  # perhaps they were too many for its deadline
+            raise
         finally:
             self._turning = False
         self._last_contact = time.monotonic()
         for _ in ended:
             self._ended.popleft()
+        if self._most_ends is not None:
+            self._most_ends = 2 * self._most_ends if self._ended else None
         self._put_off([pair for pair in ended if pair[1].job_id in turn.busy])
         for claimed in turn.jobs:
             self._start(claimed)

@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, SecretStr, ValidationError
+from pydantic import (
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.errors import SettingsError
@@ -121,3 +128,16 @@ class Settings(TokenSettings):
         description="Seconds that running jobs get to finish after SIGTERM; then they are queued "
         "again. Keep it under the 10 s after which containers are killed.",
     )
+
+    @field_validator("keep_audio_days")
+    @classmethod
+    def _audio_goes_before_its_job(cls, days: int | None, info: ValidationInfo) -> int | None:
+        """Refuse to keep audio for longer than the row that names it."""
+        for name in ("keep_completed_days", "keep_failed_days", "keep_cancelled_days"):
+            kept = info.data.get(name)
+            if days is not None and kept is not None and days > kept:
+                raise ValueError(
+                    f"must be at most PGSCRIBE_{name.upper()} ({kept}), as nothing would be left "
+                    "that names the audio"
+                )
+        return days

@@ -168,6 +168,7 @@ class ScriptedQueue(Queue):
     async def turn(
         self, worker_id: int, ended: Sequence[Ended], *arguments: Any, **options: Any
     ) -> Turn:
+        say("turn")
         outcomes = {end.outcome for end in ended}
         turn = super().turn(worker_id, ended, *arguments, **options)
         if "succeeded" in outcomes:

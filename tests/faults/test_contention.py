@@ -52,7 +52,7 @@ def test_workers_sweep_while_others_claim_and_end(
     settle_server(db)
     for _ in range(3):
         fleet.start_ready(concurrency=4)
-    jobs.insert(user, "sleep-0.02", 200)
+    jobs.insert(user, "sleep-0.02", 200, max_attempts=20)  # the same one may be lost often
     claimed = 0
     for _ in range(8):
         dead = db.value(DEAD)
@@ -82,6 +82,42 @@ def test_an_operators_locks_delay_only_the_jobs_that_they_hold(
         assert [jobs.row(job_id)["completed_at"] for job_id in locked] == [None, None]
     settled()
     assert jobs.count("status = 'completed' and attempt = 1") == 22
+
+
+def test_a_worker_does_not_spin_while_all_that_waits_is_locked(
+    db: Database, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
+) -> None:
+    worker = fleet.start_ready(concurrency=2)
+    db.value("select pause_queue() is null")
+    waiting = jobs.insert(user, "sleep", 5)
+    with psycopg.connect(db.url) as operator:
+        operator.execute("select from processing_jobs where id = any (%s) for update", (waiting,))
+        db.value("select resume_queue() is null")
+        turns = worker.said("turn")
+        time.sleep(1.5)
+        assert 1 <= worker.said("turn") - turns <= 15
+    settled()
+    assert jobs.count("status = 'completed' and attempt = 1") == 5
+
+
+def test_ends_that_take_too_long_together_are_told_in_smaller_batches(
+    db: Database, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
+) -> None:
+    """A trigger stands for a database so slow that it breaks off what ends more than three."""
+    db.rows(
+        "create function too_many() returns trigger language plpgsql as $$ begin"
+        " if (select count(*) > 3 from old_rows where status = 'processing') then"
+        "   raise query_canceled; end if; return null; end $$"
+    )
+    db.rows(
+        "create trigger too_many after update on processing_jobs referencing old table as old_rows"
+        " for each statement execute function too_many()"
+    )
+    ready = jobs.insert(user, "sleep-1", 20)
+    worker = fleet.start(concurrency=20)
+    worker.says("end", 20)
+    settled()
+    assert [jobs.row(job_id)["attempt"] for job_id in ready] == [1] * 20
 
 
 @contextmanager

@@ -120,3 +120,23 @@ def test_a_worker_that_starts_before_postgres_waits_for_it(
     postgres.start()
     settled()
     assert fleet.living == [worker]
+
+
+def test_what_ends_while_the_database_takes_no_writes_is_told_later(
+    db: Database, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
+) -> None:
+    """As during a failover, or with a full disk."""
+    worker = fleet.start_ready(concurrency=2)
+    job_ids = jobs.insert(user, "sleep-1", 2)
+    worker.says("start", 2)
+    name = db.value("select current_database()")
+    db.rows(f"alter database {name} set default_transaction_read_only = on")
+    assert db.value(BACKENDS, "pgscribe %") > 0
+    worker.says("end", 2)
+    time.sleep(0.5)
+    assert jobs.count("status = 'processing'") == 2
+    db.rows(f"alter database {name} reset default_transaction_read_only")
+    db.value(BACKENDS, "pgscribe %")
+    settled()
+    rows = [jobs.row(job_id) for job_id in job_ids]
+    assert [(row["status"], row["attempt"]) for row in rows] == [("completed", 1)] * 2

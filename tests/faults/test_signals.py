@@ -6,6 +6,7 @@ from collections.abc import Callable
 from uuid import UUID
 
 import click
+import psycopg
 
 from db.embedded import EmbeddedPostgres
 from tests.faults.fleet import PATIENCE, SHORT_STALL_TIMEOUT, Database, Fleet, Jobs, until
@@ -79,6 +80,40 @@ def test_a_job_that_is_slow_to_stop_does_not_disturb_its_next_attempt(
     settled()
     assert (row["status"], row["attempt"]) == ("completed", 2)
     assert other.running
+
+
+def test_a_worker_that_was_stopped_presumes_nobody_dead_before_they_can_report(
+    fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
+) -> None:
+    """A whole machine was suspended, say; whoever wakes first must not take the others' jobs."""
+    workers = [fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT) for _ in range(2)]
+    job_ids = jobs.insert(user, "sleep-0.5", 2)
+    for worker in workers:
+        worker.says("start")
+        worker.signal(signal.SIGSTOP)
+    time.sleep(2 * SHORT_STALL_TIMEOUT)
+    for worker in workers:
+        worker.signal(signal.SIGCONT)
+        time.sleep(0.5)
+    settled()
+    assert [jobs.attempts(job_id) for job_id in job_ids] == [[], []]
+    assert [worker.said("registered") for worker in workers] == [1, 1]
+
+
+def test_sigterm_ends_a_worker_whose_jobs_are_locked_by_somebody_else(
+    fleet: Fleet, jobs: Jobs, user: UUID, db: Database, settled: Callable[[], None]
+) -> None:
+    worker = fleet.start_ready(shutdown_timeout=1)
+    job_id = jobs.insert_one(user, "sleep-0.5")
+    worker.says("start")
+    with psycopg.connect(db.url) as operator:
+        operator.execute("select from processing_jobs where id = %s for update", (job_id,))
+        worker.says("end")
+        worker.signal(signal.SIGTERM)
+        assert worker.ended(1 + EXIT) == 0
+    fleet.start(stall_timeout=SHORT_STALL_TIMEOUT)
+    assert jobs.end(job_id)["status"] == "completed"
+    settled()
 
 
 def test_a_second_sigterm_gives_running_jobs_back_at_once(

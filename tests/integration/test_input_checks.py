@@ -39,8 +39,11 @@ def deferred(conn: psycopg.Connection) -> int:
 
 @pytest.mark.parametrize(
     "file_path",
-    ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a\\b", "a\nb", "x" * 1025, "https://x/y"],
-)
+    [
+        "", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a\\b", "a\nb", "https://x/y",
+        "/".join(["x" * 200] * 6), "a/" + "x" * 256, "a/" + "ä" * 128 + "/b",
+    ],
+)  # fmt: skip
 def test_paths_that_lead_elsewhere_are_refused(
     conn: psycopg.Connection, user: UUID, file_path: str
 ) -> None:
@@ -52,6 +55,13 @@ def test_paths_that_lead_elsewhere_are_refused(
     assert caught.value.diag.column_name == "file_path"
     assert caught.value.diag.message_hint
     assert deferred(conn) == 0
+
+
+@pytest.mark.parametrize("file_path", ["a/" + "x" * 255, "ä" * 127 + "/" + "x" * 255 + "/b"])
+def test_long_paths_that_a_file_system_takes_are_taken(
+    conn: psycopg.Connection, user: UUID, file_path: str
+) -> None:
+    assert conn.execute(INSERT, (user, file_path)).fetchone()
 
 
 @pytest.mark.parametrize(

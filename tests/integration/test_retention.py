@@ -131,6 +131,19 @@ async def test_audio_goes_once_no_job_needs_it(
     assert len(statuses(conn)) == 7, "the jobs stay"
 
 
+async def test_audio_that_cannot_be_deleted_keeps_no_other_audio(
+    conn: psycopg.Connection, user: UUID, pool: Pool, storage: LocalStorage, settings: Settings
+) -> None:
+    folder = settings.storage_dir / str(user)
+    (folder / "a folder by mistake").mkdir(parents=True)
+    (folder / "file").touch()
+    for name in ("a folder by mistake", "file"):
+        add_job(conn, user, "completed", 30, f"{user}/{name}")
+    keep = settings.model_copy(update={"keep_audio_days": 10})
+    assert (await retention.prune(pool, storage, keep))["audio"] == 1
+    assert [path.name for path in folder.iterdir()] == ["a folder by mistake"]
+
+
 async def test_nothing_is_deleted_by_default_but_queue_jobs(
     conn: psycopg.Connection, user: UUID, pool: Pool, storage: LocalStorage, settings: Settings
 ) -> None:

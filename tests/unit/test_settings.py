@@ -26,6 +26,20 @@ def test_each_unusable_variable_is_named_without_its_value(
     assert "too short" not in str(caught.value)
 
 
+def test_audio_is_not_kept_for_longer_than_the_job_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://postgres@db/postgres")
+    monkeypatch.setenv("PGSCRIBE_KEEP_FAILED_DAYS", "7")
+    monkeypatch.setenv("PGSCRIBE_KEEP_AUDIO_DAYS", "7")
+    assert Settings.load().keep_audio_days == 7
+    monkeypatch.setenv("PGSCRIBE_KEEP_AUDIO_DAYS", "8")
+    with pytest.raises(
+        SettingsError, match=r"PGSCRIBE_KEEP_AUDIO_DAYS: .* PGSCRIBE_KEEP_FAILED_DAYS \(7\)"
+    ):
+        Settings.load()
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://postgres:hidden@db/postgres")
     monkeypatch.setenv("PGSCRIBE_JWT_SECRET", SECRET)
