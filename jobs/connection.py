@@ -2,15 +2,20 @@
 
 import asyncio
 import contextlib
+import functools
+import json
 import logging
 import os
+import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
 
 import psycopg
-from psycopg import sql
+from psycopg import errors, generators, pq, sql
 
 from jobs.sql import QUEUE
 
@@ -21,6 +26,47 @@ CALL_TIMEOUT = 10.0  # seconds; the server gives a statement up after 8
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 Connect = Callable[[], Awaitable[Connection]]
+
+
+_PLACEHOLDER = re.compile(rb"%\((\w+)\)s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """A query as Postgres itself takes it: its parameters have numbers, its rows become JSON.
+
+    That and ``_encode`` save a tenth of the time from a commit to the start of its job: psycopg
+    looks for how to send and read each value, and makes a cursor.
+    """
+
+    query: bytes
+    parameters: tuple[str, ...]
+
+    @classmethod
+    @functools.cache
+    def named(cls, name: str) -> Self:
+        """Return one of ``jobs/sql/queue.sql``."""
+        parameters: list[str] = []
+
+        def number(match: re.Match[bytes]) -> bytes:
+            parameters.append(match[1].decode())
+            return b"$%d" % len(parameters)
+
+        query = _PLACEHOLDER.sub(number, QUEUE[name])
+        return cls(b"select to_json(r) from (" + query + b") r", tuple(parameters))
+
+    def arguments(self, values: Mapping[str, Any]) -> list[bytes | None]:
+        """Return the values in the parameters' order, as text that Postgres reads."""
+        return [_encode(values[name]) for name in self.parameters]
+
+
+def _encode(value: str | float | list[str] | list[int] | None) -> bytes | None:
+    """Return a value as text: an array's are numbers or plain names."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return ("{" + ",".join(map(str, value)) + "}").encode()
+    return str(value).encode()
 
 
 class QueueConnection:
@@ -43,6 +89,7 @@ class QueueConnection:
         self.echo_channel = f"pgscribe_echo_{secrets.token_hex(8)}"
         self._echoed = False
         self.hears = False  # whether the last echo arrived
+        self._prepared: set[str] = set()
 
     def listen(
         self,
@@ -62,16 +109,16 @@ class QueueConnection:
         self._on_connect = on_connect
         self._on_loss = on_loss
 
-    async def call(self, query: str, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Execute one of ``jobs/sql/queue.sql`` and return its row.
+    async def call(self, query: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Execute one of ``jobs/sql/queue.sql`` and return its row, as JSON has it.
 
         Raises what psycopg raises, and ``TimeoutError`` where no connection could be opened.
         """
         if self._conn is None or self._conn.closed:
             await self.close()
             self._conn = await self._open()
-        row = await self._execute(self._conn, QUEUE[query], values)
-        assert row is not None
+        with self._calling(self._conn):
+            row: dict[str, Any] = await self._execute(self._conn, query, values)
         return row
 
     async def close(self) -> None:
@@ -88,36 +135,58 @@ class QueueConnection:
             conn = await self._connect()
         try:
             conn.add_notify_handler(lambda notify: self._hear(notify.channel, notify.payload))
-            await self._execute(conn, QUEUE["prepare_connection"], {})
+            with self._calling(conn):
+                await conn.execute(QUEUE["prepare_connection"])
+                if self._channels:
+                    listens = map(sql.SQL("listen {}").format, map(sql.Identifier, self._channels))
+                    await conn.execute(sql.SQL("; ").join(listens))
             if self._channels:
-                listens = map(sql.SQL("listen {}").format, map(sql.Identifier, self._channels))
-                await self._execute(conn, sql.SQL("; ").join(listens))
                 self._on_connect()
         except BaseException:
             self._stop_reading(conn)
             await conn.close()
             raise
+        self._prepared.clear()
         return conn
 
-    async def _execute(
-        self,
-        conn: Connection,
-        statement: bytes | sql.Composed,
-        values: dict[str, Any] | None = None,
-    ) -> tuple[Any, ...] | None:
+    @contextmanager
+    def _calling(self, conn: Connection) -> Iterator[None]:
+        """Leave the connection to psycopg, which gets no longer than the time-out."""
         self._stop_reading(conn)
         # Not asyncio.timeout: psycopg, when cancelled, waits for the server to cancel the query.
         timeout = self.call_timeout
         deadline = asyncio.get_running_loop().call_later(timeout, _hang_up, conn, timeout)
         try:
-            # A pooler that passes notifications on keeps prepared statements, too.
-            conn.prepare_threshold = 0 if self.hears else None
-            cursor = await conn.execute(statement, values)
-            return await cursor.fetchone() if cursor.description else None
+            yield
         finally:
             deadline.cancel()
             if self._channels and not conn.closed:
                 self._start_reading(conn)
+
+    async def _execute(self, conn: Connection, name: str, values: Mapping[str, Any]) -> Any:
+        statement = _Statement.named(name)
+        arguments = statement.arguments(values)
+        # A pooler that passes notifications on keeps prepared statements, too.
+        if not self.hears:
+            conn.pgconn.send_query_params(statement.query, arguments)
+        else:
+            if name not in self._prepared:
+                conn.pgconn.send_prepare(name.encode(), statement.query)
+                await self._result(conn, pq.ExecStatus.COMMAND_OK)
+                self._prepared.add(name)
+            conn.pgconn.send_query_prepared(name.encode(), arguments)
+        result = await self._result(conn, pq.ExecStatus.TUPLES_OK)
+        value = result.get_value(0, 0)
+        assert value is not None
+        return json.loads(value.decode(conn.info.encoding))
+
+    @staticmethod
+    async def _result(conn: Connection, expected: pq.ExecStatus) -> pq.abc.PGresult:
+        result: pq.abc.PGresult
+        (result,) = await conn.wait(generators.execute(conn.pgconn))
+        if result.status != expected:
+            raise errors.error_from_result(result, conn.info.encoding)
+        return result
 
     # Between calls
 

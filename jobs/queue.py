@@ -138,8 +138,8 @@ class Queue:
 
     async def register(self) -> int:
         """Register a worker and return its id."""
-        (worker_id,) = await self._call("register", {})
-        assert isinstance(worker_id, int)
+        row = await self._call("register", {})
+        worker_id: int = row["worker_id"]
         return worker_id
 
     async def turn(
@@ -156,7 +156,7 @@ class Queue:
         ``running``: others run on, so it is worth a look which of them are to stop.
         Raises one of ``UNUSABLE`` where Postgres can't store a result; then nothing was done.
         """
-        jobs, others, more, missed, due, due_in, busy, abort = await self._call(
+        row = await self._call(
             "turn",
             {
                 "worker_id": worker_id,
@@ -170,12 +170,12 @@ class Queue:
             raises=UNUSABLE if ended else (),
         )
         return Turn(
-            [ClaimedJob.from_row(row) for row in (*(jobs or ()), *(others or ()))],
-            bool(more),
-            missed or 0,
-            None if due is None else (due, due_in),
-            frozenset(busy or ()),
-            frozenset(abort or ()),
+            [ClaimedJob.from_row(job) for job in (*(row["jobs"] or ()), *(row["others"] or ()))],
+            bool(row["more"]),
+            row["missed"] or 0,
+            None if row["due"] is None else (row["due"], row["due_in"]),
+            frozenset(map(UUID, row["busy"] or ())),
+            frozenset(row["abort"] or ()),
         )
 
     async def beat(self, worker_id: int, held: Iterable[ClaimedJob], *, sweep: bool) -> Beat | None:
@@ -183,7 +183,7 @@ class Queue:
         jobs = list(held)
         transcriptions = [job for job in jobs if job.attempt is not None]
         self.connection.expect_echo()
-        (answer,) = await self._call(
+        row = await self._call(
             "beat",
             {
                 "worker_id": worker_id,
@@ -196,6 +196,7 @@ class Queue:
                 "echo_channel": self.connection.echo_channel,
             },
         )
+        answer = row["beat"]
         if answer is None:
             return None
         return Beat(
@@ -218,7 +219,7 @@ class Queue:
         values: dict[str, Any],
         *,
         raises: tuple[type[psycopg.Error], ...] = (),
-    ) -> Any:
+    ) -> dict[str, Any]:
         try:
             return await self.connection.call(query, values)
         except raises:

@@ -54,8 +54,8 @@ async def listening(settings: Settings, heard: Heard) -> AsyncIterator[QueueConn
 
 
 async def register(line: QueueConnection) -> int:
-    (worker_id,) = await line.call("register", {})
-    assert isinstance(worker_id, int)
+    row = await line.call("register", {})
+    worker_id: int = row["worker_id"]
     return worker_id
 
 
