@@ -333,7 +333,7 @@ def soak(folder: Path, seconds: float, seed: int, *, poison: bool) -> None:
         chaos = Chaos(server, database, fleet, proxy, chance)
         with load.running():
             chaos.run(seconds)
-        chaos.heal()
+            chaos.heal()  # the load may wait for a lock that lasts until then
         click.echo(f"faults: {dict(chaos.counts)}")
         click.echo(f"load: {dict(load.counts)}")
         began = time.monotonic()
