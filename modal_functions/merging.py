@@ -81,6 +81,7 @@ def _segments(parts: Iterable[Part]) -> Iterator[Segment]:
     """Yield the parts' segments in the recording's times, which never go back."""
     after = 0.0
     for (offset, latest), transcript in parts:
+        after = max(after, offset)
         for segment in transcript.segments:
             start, end = _within(segment, offset, after, latest)
             words = segment.words

@@ -24,7 +24,8 @@ def flags(*texts: str) -> list[tuple[str, ...]]:
         ({"compression_ratio": 2.4, "avg_logprob": -1.0, "no_speech_prob": 0.6}, ()),
         ({"compression_ratio": 2.41}, ("repetition",)),
         ({"avg_logprob": -1.01}, ("low_confidence",)),
-        ({"no_speech_prob": 0.61}, ("no_speech",)),
+        ({"no_speech_prob": 0.61, "avg_logprob": -0.51}, ("no_speech",)),
+        ({"no_speech_prob": 0.95, "avg_logprob": -0.49}, ()),
         (
             {"compression_ratio": 9.0, "avg_logprob": -2.0, "no_speech_prob": 0.9},
             ("repetition", "low_confidence", "no_speech"),

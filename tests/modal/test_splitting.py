@@ -127,6 +127,13 @@ def test_any_length_of_anything_is_covered(samples: int, bounds: Piece) -> None:
             assert spans == []
 
 
+@pytest.mark.parametrize("extra", [0, 1, 319, 320, 321, 16_000])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_maximum_of_twice_the_minimum_is_enough(times: int, extra: int) -> None:
+    samples = voice(10)[: times * 2 * SAMPLE_RATE + extra]
+    check(split(samples, min_seconds=1, max_seconds=2), len(samples), 1, 2)
+
+
 def test_the_longest_pause_wins() -> None:
     samples, _ = talk([(35, 0.5), (10, 1.5), (10, 0.8), (30, 0.5), (50, 0)], -60)
     first = split(samples)[0]
