@@ -27,6 +27,7 @@ import struct
 import subprocess
 import threading
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path, PurePath
@@ -37,11 +38,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from modal_functions import errors
+from modal_functions import errors, plan
 
 Samples = NDArray[np.float32]
+Pcm = NDArray[np.int16]
 
-SAMPLE_RATE: Final = 16_000  # samples per second
+SAMPLE_RATE: Final = plan.SAMPLE_RATE
 SILENCE_PEAK: Final = 0.001  # -60 dBFS: below it there is at most the noise of a room
 
 # For quiet and uneven speech. Rumble goes, then each stretch of about a second is brought to full
@@ -86,17 +88,42 @@ def decode(source: str, *, preprocessing: bool = False, max_seconds: float) -> S
     SourceUnavailable, EmptyFile, InvalidAudio, NoAudioStream, EmptyAudio, TruncatedAudio,
     AudioTooLong or DecoderUnavailable.
     """
-    if not _is_url(source):
-        source = str(Path(source).absolute())
-        _check_file(source)
-    limit = int(max_seconds * SAMPLE_RATE)
-    report = _Report(source)
-    command = _command(source, preprocessing=preprocessing, limit=limit)
-    pcm, exit_code = _run(command, report, max_bytes=2 * limit)
-    _check(report, seconds=len(pcm) / 2 / SAMPLE_RATE, max_seconds=max_seconds, failed=exit_code)
-    samples = np.frombuffer(pcm, "<i2").astype(np.float32)
-    samples /= 2**15
-    return samples
+    pcm = bytearray()
+    _decode(source, pcm.extend, preprocessing=preprocessing, max_seconds=max_seconds)
+    return _to_float(np.frombuffer(pcm, "<i2"))
+
+
+def decode_to_file(
+    source: str, path: Path, *, preprocessing: bool = False, max_seconds: float
+) -> int:
+    """Decode as `decode` does, but to a file, in little memory; return the number of samples.
+
+    The file holds 16-bit little-endian integers and nothing else: 115 MB an hour. Raises what
+    `decode` does, and then leaves no file, as half a recording could be taken for all of it.
+    """
+    try:
+        with path.open("wb") as file:
+            _decode(source, file.write, preprocessing=preprocessing, max_seconds=max_seconds)
+            return file.tell() // 2
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def open_pcm(path: Path) -> Pcm:
+    """Map what `decode_to_file` wrote into memory: one 16-bit integer per sample."""
+    return np.memmap(path, "<i2", mode="r")
+
+
+def read_span(path: Path, span: plan.Span) -> Samples:
+    """Read the samples of a span, from -1 to 1, from what `decode_to_file` wrote.
+
+    Raises ValueError where the file does not hold all of them.
+    """
+    pcm = open_pcm(path)[span.start : span.end]
+    if len(pcm) != span.end - span.start:
+        raise ValueError(f"{path.name} ends before sample {span.end}")
+    return _to_float(pcm)
 
 
 def is_silent(samples: Samples) -> bool:
@@ -109,6 +136,26 @@ def display_name(source: str) -> str:
     path = unquote(urlsplit(source).path) if _is_url(source) else source
     name = "".join(char for char in PurePath(path).name if char.isprintable())
     return f"'{name[-100:] or 'recording'}'"
+
+
+def _to_float(pcm: Pcm) -> Samples:
+    samples = pcm.astype(np.float32)
+    samples /= 2**15
+    return samples
+
+
+def _decode(
+    source: str, write: Callable[[bytes], object], *, preprocessing: bool, max_seconds: float
+) -> None:
+    """Give `write` the decoded samples, as 16-bit integers, and raise what `decode` does."""
+    if not _is_url(source):
+        source = str(Path(source).absolute())
+        _check_file(source)
+    limit = int(max_seconds * SAMPLE_RATE)
+    report = _Report(source)
+    command = _command(source, preprocessing=preprocessing, limit=limit)
+    size, exit_code = _run(command, report, write, max_bytes=2 * limit)
+    _check(report, seconds=size / 2 / SAMPLE_RATE, max_seconds=max_seconds, failed=exit_code)
 
 
 def _is_url(source: str) -> bool:
@@ -191,12 +238,14 @@ def _command(source: str, *, preprocessing: bool, limit: int) -> list[str]:
     return command
 
 
-def _run(command: list[str], report: "_Report", *, max_bytes: int) -> tuple[bytearray, int]:
-    """Run ffmpeg; return what it wrote and its exit code. It does not outlive this call.
+def _run(
+    command: list[str], report: "_Report", write: Callable[[bytes], object], *, max_bytes: int
+) -> tuple[int, int]:
+    """Run ffmpeg; return how many bytes it wrote and its exit code. It does not outlive this call.
 
-    Reading stops soon after `max_bytes`, so memory is bounded by it.
+    Reading stops soon after `max_bytes`, so memory or disk use is bounded by it.
     """
-    pcm = bytearray()
+    size = 0
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -204,15 +253,15 @@ def _run(command: list[str], report: "_Report", *, max_bytes: int) -> tuple[byte
         listener = threading.Thread(target=report.read, args=(process.stderr,), daemon=True)
         listener.start()
         try:
-            while len(pcm) <= max_bytes and (piece := process.stdout.read(_PIECE)):
-                pcm += piece
-            if len(pcm) <= max_bytes:
+            while size <= max_bytes and (piece := process.stdout.read(_PIECE)):
+                write(piece)
+                size += len(piece)
+            if size <= max_bytes:
                 process.wait()
         finally:
             process.kill()  # does nothing where it has ended by itself
             listener.join()
-    del pcm[len(pcm) // 2 * 2 :]
-    return pcm, process.returncode
+    return size, process.returncode
 
 
 @dataclass(slots=True)

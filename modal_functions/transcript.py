@@ -146,7 +146,8 @@ class Segment:
     """A sentence or a part of one; `words` is None unless word times were asked for.
 
     `avg_logprob` (0 is certain), `no_speech_prob` (0 to 1) and `compression_ratio` (high when the
-    text repeats itself) are Whisper's own marks of doubt.
+    text repeats itself) are Whisper's own marks of doubt. `flags` say what follows from them, see
+    `doubts.flag_doubtful`; rows of older versions have none.
     """
 
     start: float
@@ -156,9 +157,10 @@ class Segment:
     no_speech_prob: float
     compression_ratio: float
     words: tuple[Word, ...] | None = None
+    flags: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the segment, ready for JSON; without the key `words` if there are none."""
+        """Return the segment, ready for JSON; without the keys `words` and `flags` if none."""
         data: dict[str, Any] = {
             "start": _rounded(self.start, 3),
             "end": _rounded(self.end, 3),
@@ -169,6 +171,8 @@ class Segment:
         }
         if self.words is not None:
             data["words"] = [word.to_dict() for word in self.words]
+        if self.flags:
+            data["flags"] = list(self.flags)
         return data
 
     @classmethod
@@ -176,8 +180,9 @@ class Segment:
         """Read what `to_dict` returned."""
         words = data.get("words")
         return cls(
-            **{key: value for key, value in data.items() if key != "words"},
+            **{key: value for key, value in data.items() if key not in {"words", "flags"}},
             words=None if words is None else tuple(Word(**word) for word in words),
+            flags=tuple(data.get("flags", ())),
         )
 
 
@@ -191,6 +196,11 @@ class Transcript:
     segments: tuple[Segment, ...]
     engine: str
     model: str
+
+    @property
+    def has_speech(self) -> bool:
+        """Whether there are words; noise may come out as dots."""
+        return any(char.isalnum() for char in self.text)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the transcript, ready for JSON."""

@@ -5,6 +5,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import tracemalloc
 import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modal_functions.audio import SAMPLE_RATE, decode, display_name, is_silent
+from modal_functions.audio import (
+    SAMPLE_RATE,
+    decode,
+    decode_to_file,
+    display_name,
+    is_silent,
+    open_pcm,
+    read_span,
+)
 from modal_functions.engines import Engine
 from modal_functions.errors import TranscriptionError
+from modal_functions.plan import Span
+from modal_functions.splitting import split
 from modal_functions.transcript import TranscriptionOptions
 from tests.modal.conftest import Ffmpeg, Wer
 
@@ -565,6 +576,78 @@ def test_only_trusted_servers_are_read(
         assert refusal(url).code == "source_unavailable"
         monkeypatch.setenv("SSL_CERT_FILE", str(public))
         assert seconds(url) == CLIP_SECONDS
+
+
+# To a file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preprocessing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("a.wav", ()), ("a.mp3", ()), ("a.webm", ("-c:a", "libopus"))]
+)
+def test_a_file_holds_the_same_samples(
+    name: str,
+    arguments: tuple[object, ...],
+    clip: Path,
+    ffmpeg: Ffmpeg,
+    tmp_path: Path,
+    *,
+    preprocessing: bool,
+) -> None:
+    recording, pcm = str(ffmpeg("-i", clip, *arguments, tmp_path / name)), tmp_path / "a.pcm"
+    samples = decode(recording, preprocessing=preprocessing, max_seconds=MAX_SECONDS)
+    pcm.write_text("what was there before")
+    count = decode_to_file(recording, pcm, preprocessing=preprocessing, max_seconds=MAX_SECONDS)
+    assert count == len(samples) == len(open_pcm(pcm))
+    middle = Span(count // 3, count // 2)
+    for span in (Span(0, count), middle, Span(count - 1, count), Span(0, 0)):
+        read = read_span(pcm, span)
+        assert read.dtype == np.float32
+        assert np.array_equal(read, samples[span.start : span.end])
+
+
+def test_a_file_that_is_too_short_is_noticed(clip: Path, tmp_path: Path) -> None:
+    pcm = tmp_path / "a.pcm"
+    count = decode_to_file(str(clip), pcm, max_seconds=MAX_SECONDS)
+    os.truncate(pcm, count)
+    with pytest.raises(ValueError, match=f"a.pcm ends before sample {count}"):
+        read_span(pcm, Span(0, count))
+
+
+def test_what_is_refused_leaves_no_file(clip: Path, ffmpeg: Ffmpeg, tmp_path: Path) -> None:
+    long = ffmpeg("-i", clip, "-c:a", "libopus", tmp_path / "long.ogg")
+    short = cut(ffmpeg("-i", clip, tmp_path / "cut.flac"), 0.5)
+    text = tmp_path / "text.mp3"
+    text.write_text("Minutes of the meeting.")
+    write_wav(tmp_path / "header.wav", b"")
+    for source, code in (
+        (tmp_path / "absent.mp3", "file_not_found"),
+        (tmp_path / "header.wav", "empty_audio"),
+        (text, "invalid_audio"),
+        (short, "truncated_audio"),
+        (long, "audio_too_long"),
+    ):
+        with pytest.raises(TranscriptionError) as caught:
+            decode_to_file(str(source), tmp_path / "a.pcm", max_seconds=10)
+        assert caught.value.code == code
+        assert not (tmp_path / "a.pcm").exists()
+
+
+def test_hours_are_decoded_and_divided_in_little_memory(tmp_path: Path) -> None:
+    hours, size = 3, 3 * 3600 * SAMPLE_RATE
+    write_wav(tmp_path / "long.wav", b"", said_frames=size)
+    os.truncate(tmp_path / "long.wav", 44 + 2 * size)  # all silence, and hardly any disk
+    tracemalloc.start()
+    try:
+        count = decode_to_file(
+            str(tmp_path / "long.wav"), tmp_path / "a.pcm", max_seconds=hours * 3600
+        )
+        spans = split(open_pcm(tmp_path / "a.pcm"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert spans[-1].end == count == size
+    assert peak < 40 * 10**6
 
 
 # Loudness -----------------------------------------------------------------------------------------

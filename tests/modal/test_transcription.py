@@ -1,18 +1,25 @@
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modal_functions import errors
-from modal_functions.engines import Engine
+from modal_functions.audio import SAMPLE_RATE, Samples, open_pcm, read_span
+from modal_functions.engines import FASTER_WHISPER, Engine, ProgressCallback
 from modal_functions.errors import InvalidOptions, TranscriptionError
+from modal_functions.merging import merge
+from modal_functions.plan import Plan, Span
 from modal_functions.transcript import (
     Segment,
     Transcript,
@@ -21,10 +28,11 @@ from modal_functions.transcript import (
     is_model_name,
     join_text,
 )
-from modal_functions.transcription import transcribe_file
-from tests.modal.conftest import Ffmpeg, Wer
+from modal_functions.transcription import prepare, transcribe_chunk, transcribe_file
+from tests.modal.conftest import Ffmpeg, Load, Wer
 
 MAX_SECONDS = 60
+CLIP_SECONDS = 17
 
 # Options ------------------------------------------------------------------------------------------
 
@@ -126,6 +134,7 @@ SEGMENTS = st.builds(
     st.floats(),
     st.floats(),
     st.none() | st.lists(WORDS, max_size=3).map(tuple),
+    st.lists(st.sampled_from(["repetition", "no_speech"]), unique=True).map(tuple),
 )
 TRANSCRIPTS = st.builds(
     Transcript,
@@ -161,6 +170,15 @@ def test_times_are_in_milliseconds_and_words_only_where_asked_for() -> None:
     }
     assert "words" not in replace(segment, words=None).to_dict()
     assert replace(segment, words=()).to_dict()["words"] == []
+
+
+def test_flags_are_there_only_where_there_is_doubt() -> None:
+    sure = Segment(0, 2, "Hello", -0.1, 0.01, 1.2)
+    assert "flags" not in sure.to_dict()
+    assert Segment.from_dict(sure.to_dict()) == sure  # as rows of older versions
+    doubtful = replace(sure, flags=("repetition", "no_speech"))
+    assert doubtful.to_dict()["flags"] == ["repetition", "no_speech"]
+    assert Segment.from_dict(json.loads(json.dumps(doubtful.to_dict()))) == doubtful
 
 
 def test_text_is_joined_as_the_language_is_written() -> None:
@@ -217,7 +235,7 @@ def test_transcribes_a_file(quick: Engine, clip: Path, clip_text: str, wer: Wer)
         str(clip), options, engine=quick, max_seconds=MAX_SECONDS, on_progress=progress.append
     )
     assert wer(clip_text, transcript.text) < 0.12
-    assert transcript.duration == 17
+    assert transcript.duration == CLIP_SECONDS
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
 
@@ -254,9 +272,197 @@ def test_errors_of_the_recording_and_of_the_options_come_through(
             transcribe_file(str(source), options, engine=quick, max_seconds=limit)
 
 
+def test_doubtful_segments_are_flagged(clip: Path) -> None:
+    segment = Segment(0, 2, "Thank you.", -1.5, 0.9, 3.0)
+    engine = FakeEngine([segment, segment])
+    transcript = transcribe_file(
+        str(clip), TranscriptionOptions(), engine=engine, max_seconds=MAX_SECONDS
+    )
+    assert (
+        transcript.segments
+        == (replace(segment, flags=("repetition", "low_confidence", "no_speech")),) * 2
+    )
+
+
+# In spans -----------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Hears the same in everything, and counts how often it is asked."""
+
+    name, model = "fake", "base"
+
+    def __init__(self, segments: Sequence[Segment] = ()) -> None:
+        self.segments = tuple(segments)
+        self.heard = 0
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: TranscriptionOptions,  # noqa: ARG002 - of the interface
+        *,
+        on_progress: ProgressCallback | None = None,  # noqa: ARG002
+    ) -> Transcript:
+        self.heard += 1
+        text = " ".join(segment.text for segment in self.segments)
+        duration = len(samples) / SAMPLE_RATE
+        return Transcript(text, "en", duration, self.segments, self.name, self.model)
+
+
+def in_spans(source: Path, plan: Plan, engine: Engine, options: TranscriptionOptions) -> Transcript:
+    """Transcribe as workers do, each span and all results by way of JSON."""
+    plan = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    results = [
+        transcribe_chunk(read_span(plan.pcm, span), options, engine=engine).to_dict()
+        for span in plan.spans
+    ]
+    parts = [
+        (span.seconds, Transcript.from_dict(json.loads(json.dumps(result))))
+        for span, result in zip(plan.spans, results, strict=True)
+    ]
+    return merge(parts, name=f"'{source.name}'", task=options.task)
+
+
+def test_plans_travel_as_json(sample: Path, tmp_path: Path) -> None:
+    plan = prepare(
+        str(sample),
+        tmp_path / "a.pcm",
+        preprocessing=False,
+        max_seconds=MAX_SECONDS,
+        min_span=10,
+        max_span=25,
+    )
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert Plan.from_dict(data) == plan
+    assert data["name"] == "'sample.mp3'"
+    assert data["duration"] == plan.duration == pytest.approx(58.2, abs=0.2)
+    assert data["sample_count"] == plan.sample_count == len(open_pcm(plan.pcm))
+    assert set(data["spans"][0]) == {"start", "end", "pause_after"}
+
+
+def test_a_short_recording_is_one_chunk(clip: Path, tmp_path: Path) -> None:
+    plan = prepare(str(clip), tmp_path / "a.pcm", preprocessing=False, max_seconds=MAX_SECONDS)
+    assert plan.spans == (Span(0, CLIP_SECONDS * SAMPLE_RATE),)
+
+
+def test_silence_and_what_cannot_be_read_are_not_planned(ffmpeg: Ffmpeg, tmp_path: Path) -> None:
+    silence = ffmpeg("-f", "lavfi", "-t", 100, "-i", "anullsrc=r=16000", tmp_path / "silence.wav")
+    pcm = tmp_path / "a.pcm"
+    for source, limit, error in (
+        (silence, 100, errors.NoSpeech),
+        (silence, 50, errors.AudioTooLong),
+        (tmp_path / "absent.mp3", 50, errors.AudioFileNotFound),
+    ):
+        with pytest.raises(error, match=source.name):
+            prepare(str(source), pcm, preprocessing=False, max_seconds=limit)
+        assert not pcm.exists()
+
+
+@pytest.mark.parametrize("language", [None, "fr"])
+def test_silent_chunks_are_not_sent_to_the_engine(language: str | None) -> None:
+    engine, progress = FakeEngine([Segment(0, 2, "Thank you.", -0.2, 0.1, 1)]), list[float]()
+    silence = np.full(2 * SAMPLE_RATE, 0.0005, np.float32)
+    options = TranscriptionOptions(language=language)
+    transcript = transcribe_chunk(silence, options, engine=engine, on_progress=progress.append)
+    assert transcript == Transcript("", language or "", 2, (), "fake", "base")
+    assert (engine.heard, progress) == (0, [1.0])
+    assert transcribe_chunk(silence * 10, options, engine=engine).text == "Thank you."
+    assert engine.heard == 1
+
+
+def test_chunks_in_which_nobody_speaks_are_empty() -> None:
+    engine = FakeEngine([Segment(0, 2, "...", -0.2, 0.1, 1)])
+    noise = np.full(SAMPLE_RATE, 0.1, np.float32)
+    assert transcribe_chunk(noise, TranscriptionOptions(), engine=engine).segments == ()
+
+
+def test_spans_say_what_the_whole_does(
+    load: Load,
+    sample: Path,
+    sample_text: str,
+    librivox: tuple[Path, str],
+    ffmpeg: Ffmpeg,
+    wer: Wer,
+    tmp_path: Path,
+) -> None:
+    """A minute of a synthetic voice, half a minute of silence, half a minute of a human one."""
+    human, human_text = librivox
+    graph = "[1]apad=pad_dur=30[a];[a][0]concat=v=0:a=1"
+    recording = ffmpeg(
+        "-i", human, "-i", sample, "-filter_complex", graph, "-ar", 16000, tmp_path / "both.wav"
+    )
+    engine, options = load(FASTER_WHISPER, "base"), TranscriptionOptions(word_timestamps=True)
+    plan = prepare(
+        str(recording),
+        tmp_path / "a.pcm",
+        preprocessing=False,
+        max_seconds=200,
+        min_span=10,
+        max_span=30,
+    )
+    merged = in_spans(recording, plan, engine, options)
+    assert len(plan.spans) >= 5
+    assert all(span.pause_after for span in plan.spans)
+    assert merged.duration == plan.duration == pytest.approx(113, abs=1)
+    assert wer(sample_text + human_text, merged.text) < 0.05
+    words = [word for segment in merged.segments for word in segment.words or ()]
+    assert "".join(word.word for word in words) == merged.text.replace(" ", "")
+    times = [time for word in words for time in (word.start, word.end)]
+    assert times == sorted(times)
+    first_human = next(word for word in words if word.start > 60)
+    assert first_human.start == pytest.approx(89, abs=2)
+    assert sum(bool(segment.flags) for segment in merged.segments) <= 2  # ends of spans
+
+
+GPL = Path("/usr/share/common-licenses/GPL-3")
+
+
+@pytest.fixture
+def read_aloud(ffmpeg: Ffmpeg, tmp_path: Path) -> tuple[Path, str]:
+    """Return eleven minutes of two synthetic voices that take turns, and what they read."""
+    flite = shutil.which("flite")
+    if flite is None or not GPL.is_file():
+        pytest.skip("Debian's flite, which speaks, or its copy of the GPL is not there")
+    prose = re.sub(r"https?://\S+|[<>\"()]|\b\d+\.\s", " ", GPL.read_text().split("Preamble")[1])
+    words = prose.split()
+    texts = [" ".join(words[start : start + 250]) for start in range(0, 1500, 250)]
+    inputs: list[object] = []
+    for number, text in enumerate(texts):
+        part, voice = tmp_path / f"{number}.wav", ("slt", "rms")[number % 2]
+        how = ("-voice", voice, "--setf", "duration_stretch=1.2")
+        subprocess.run([flite, *how, "-t", text, "-o", part], check=True)
+        inputs += ["-i", part]
+    graph = ("-filter_complex", f"concat=n={len(texts)}:v=0:a=1")
+    return ffmpeg(*inputs, *graph, tmp_path / "all.wav"), " ".join(texts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_minutes_in_spans_say_what_the_whole_does(
+    load: Load,
+    wer: Wer,
+    read_aloud: tuple[Path, str],
+    tmp_path: Path,
+) -> None:
+    recording, text = read_aloud
+    engine, options = load(FASTER_WHISPER, "base"), TranscriptionOptions()
+    whole = transcribe_file(str(recording), options, engine=engine, max_seconds=1200)
+    plan = prepare(str(recording), tmp_path / "a.pcm", preprocessing=False, max_seconds=1200)
+    merged = in_spans(recording, plan, engine, options)
+    assert plan.duration > 600
+    assert len(plan.spans) >= 7
+    errors_of_whole, errors_of_merged = wer(text, whole.text), wer(text, merged.text)
+    difference = wer(whole.text, merged.text)
+    assert errors_of_merged <= errors_of_whole + 0.01
+    assert errors_of_whole < 0.06
+    assert difference < 0.04  # where both are wrong, they differ
+
+
 def test_importing_is_quick_and_loads_no_engine() -> None:
     script = (
-        "import sys, modal_functions.transcription, jobs.compute.packaged_weights;"
+        "import sys, modal_functions.merging, modal_functions.plan;"
+        "assert 'numpy' not in sys.modules;"  # who merges may do without
+        "import modal_functions.transcription, jobs.compute.packaged_weights;"
         "print({'torch', 'whisper', 'faster_whisper', 'ctranslate2', 'ffmpeg'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", script]
