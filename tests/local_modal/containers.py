@@ -119,11 +119,16 @@ class Launcher:
 
     def _arguments(self, container: Container) -> pb.ContainerArguments:
         function = container.function
+        definition = pb.Function()
+        definition.CopyFrom(function.definition)
+        definition.max_concurrent_inputs = definition.target_concurrent_inputs = (
+            1  # whatever @modal.concurrent allows: see the README
+        )
         return pb.ContainerArguments(
             task_id=container.task_id,
             function_id=function.function_id,
             app_id=function.app_id,
-            function_def=function.definition,
+            function_def=definition,
             serialized_params=function.serialized_params,
             app_layout=self._deployments.layout(function.app_id),
             environment_name="main",

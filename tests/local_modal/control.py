@@ -58,6 +58,14 @@ class Control:
         containers: list[Event] = self._do("containers")
         return containers
 
+    def definitions(self) -> dict[str, dict[str, Any]]:
+        """Return modal_proto's Function of each "app/function", and its image's commands.
+
+        What was left at its default is absent.
+        """
+        definitions: dict[str, dict[str, Any]] = self._do("definitions")
+        return definitions
+
     def output(self, container: str) -> str:
         """Return what a container has written to stdout and stderr."""
         return str(self._do("output", container=container))

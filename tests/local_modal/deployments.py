@@ -2,7 +2,9 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2 as pb
@@ -79,6 +81,7 @@ class Deployments:
         self._functions: dict[str, Deployed] = {}
         self._variants: dict[tuple[str, bytes, bytes], str] = {}
         self._volumes: dict[str, pb.VolumeMetadata] = {}
+        self._images: dict[str, list[str]] = {}
 
     def find(self, function_id: str) -> Deployed:
         if function_id not in self._functions:
@@ -88,6 +91,18 @@ class Deployments:
     def named(self, name: str) -> list[Deployed]:
         """Return the function of this name and all its variants."""
         return [each for each in self._functions.values() if each.name == name]
+
+    def definitions(self) -> dict[str, dict[str, Any]]:
+        """Return what was deployed, as "app/function", with the commands of its image."""
+        return {
+            f"{app.name}/{tag}": self._definition(self.find(function_id))
+            for app in self._apps.values()
+            for tag, function_id in app.function_ids.items()
+        }
+
+    def _definition(self, function: Deployed) -> dict[str, Any]:
+        fields: dict[str, Any] = MessageToDict(function.definition, preserving_proto_field_name=True)
+        return fields | {"image": self._images.get(function.definition.image_id, [])}
 
     def layout(self, app_id: str) -> pb.AppLayout:
         """Return what a container learns of its app."""
@@ -249,11 +264,14 @@ class Deployments:
             ),
         )
 
-    async def image_get_or_create(self, _request: pb.ImageGetOrCreateRequest) -> Message:
+    async def image_get_or_create(self, request: pb.ImageGetOrCreateRequest) -> Message:
         """Build nothing: containers run in this machine's own environment."""
+        image_id = new_id("im")
+        bases = [line for base in request.image.base_images for line in self._images[base.image_id]]
+        self._images[image_id] = bases + list(request.image.dockerfile_commands)
         built = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_SUCCESS)
         metadata = pb.ImageMetadata(image_builder_version="2025.06")
-        return pb.ImageGetOrCreateResponse(image_id=new_id("im"), result=built, metadata=metadata)
+        return pb.ImageGetOrCreateResponse(image_id=image_id, result=built, metadata=metadata)
 
     async def mount_get_or_create(self, _request: pb.MountGetOrCreateRequest) -> Message:
         return pb.MountGetOrCreateResponse(

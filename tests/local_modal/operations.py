@@ -10,6 +10,7 @@ from modal_proto import api_pb2 as pb
 from tests.faults.proxy import Proxy
 from tests.local_modal.calls import Calls
 from tests.local_modal.containers import Launcher
+from tests.local_modal.deployments import Deployments
 from tests.local_modal.faults import Fault, Faults
 from tests.local_modal.gateway import Requests
 from tests.local_modal.journal import Event, Journal
@@ -27,6 +28,7 @@ class Operator:
         journal: Journal,
         faults: Faults,
         launcher: Launcher,
+        deployments: Deployments,
         proxy: Proxy,
         requests: Requests,
     ) -> None:
@@ -35,6 +37,7 @@ class Operator:
         self._journal = journal
         self._faults = faults
         self._launcher = launcher
+        self._deployments = deployments
         self._proxy = proxy
         self._requests = requests
 
@@ -83,6 +86,9 @@ class Operator:
             }
             for container in self._pools.containers()
         ]
+
+    async def definitions(self) -> dict[str, dict[str, Any]]:
+        return self._deployments.definitions()
 
     async def output(self, container: str) -> str:
         return self._launcher.log(container)

@@ -30,6 +30,11 @@ async def echo(value: object) -> object:
 
 
 @app.function()
+def delegate(value: int) -> int:
+    return double.remote(value)
+
+
+@app.function()
 def wait_for(path: str) -> int:
     """Return the process id once the file exists."""
     while not Path(path).exists():
@@ -106,16 +111,23 @@ def pid() -> int:
 
 
 @app.cls(image=image, volumes={"/weights": volume}, gpu="L4", secrets=[secret], max_containers=1)
+@modal.concurrent(max_inputs=2)
 class Model:
     name: str = modal.parameter()
     size: int = modal.parameter(default=1)
+    entered = 0
+    busy = False
 
     @modal.enter()
     def load(self) -> None:
-        self.entered = getattr(self, "entered", 0) + 1
+        self.entered += 1
 
     @modal.method()
     def transcribe(self, text: str) -> tuple[str, str, int, int, int]:
+        assert not self.busy, "one input at a time"
+        self.busy = True
+        time.sleep(0.01)
+        self.busy = False
         return self.name, text, self.size, self.entered, os.getpid()
 
 

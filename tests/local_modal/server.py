@@ -87,6 +87,7 @@ async def serving(settings: Settings) -> AsyncIterator[Address]:
             journal=journal,
             faults=faults,
             launcher=launcher,
+            deployments=deployments,
             proxy=proxy,
             requests=gateway.requests,
         )

@@ -64,6 +64,10 @@ async def test_a_result_is_fetched_by_its_id_and_more_than_once(
     assert await call.num_inputs.aio() == 1
 
 
+async def test_a_function_calls_another(look: Look) -> None:
+    assert await look("delegate").remote.aio(21) == 42
+
+
 async def test_a_plain_function_is_served_under_a_name(modal_client: modal.Client) -> None:
     dumps = modal.Function.from_name("plain", "dumps", client=modal_client)
     assert await dumps.remote.aio([1, None]) == "[1, null]"
