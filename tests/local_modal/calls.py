@@ -48,13 +48,17 @@ class Calls:
 
     def reset(self) -> None:
         """Forget all calls."""
+        for call in self._calls.values():
+            call.finish(pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_TERMINATED))
         self._pools.reset()
         self._calls.clear()
         self._by_key.clear()
         self._ends_to_come.clear()
 
     def lose(self, call_id: str) -> None:
-        call = self._calls.pop(call_id)
+        call = self.find(call_id)
+        del self._calls[call_id]
+        call.done.set()
         self._pools.cancel(call, at_once=True)
         self._journal.add("lost", call_id=call_id, function=call.name)
 
@@ -113,6 +117,7 @@ class Calls:
         try:
             async with asyncio.timeout(request.timeout):
                 await call.done.wait()
+                self.find(call.call_id)  # it may have been lost meanwhile
                 if self._expired(call):
                     # An answer at once would make the client ask again at once.
                     await asyncio.sleep(request.timeout)

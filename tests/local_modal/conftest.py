@@ -6,11 +6,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.local_modal.fixtures import local_modal, local_modal_server, modal_client
+from tests.local_modal.sample_app import APP
 from tests.local_modal.settings import Settings
 
 __all__ = ["local_modal", "local_modal_server", "modal_client"]
-
-APP = "tests.local_modal.sample_app:app"
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,9 @@ class Deployments:
         }
 
     def _definition(self, function: Deployed) -> dict[str, Any]:
-        fields: dict[str, Any] = MessageToDict(function.definition, preserving_proto_field_name=True)
+        fields: dict[str, Any] = MessageToDict(
+            function.definition, preserving_proto_field_name=True
+        )
         return fields | {"image": self._images.get(function.definition.image_id, [])}
 
     def layout(self, app_id: str) -> pb.AppLayout:

@@ -1,6 +1,7 @@
 """The fault controls: what a test does to the server, by JSON over HTTP, from any process."""
 
 import asyncio
+import inspect
 from typing import Any
 
 from aiohttp import web
@@ -45,11 +46,12 @@ class Operator:
         return [web.post("/control/{command}", self._handle)]
 
     async def _handle(self, request: web.Request) -> web.Response:
-        command = request.match_info["command"]
-        if command.startswith("_") or command == "routes":
+        name = request.match_info["command"]
+        command = None if name.startswith("_") else getattr(self, name, None)
+        if not inspect.iscoroutinefunction(command):
             raise web.HTTPNotFound
         try:
-            return web.json_response(await getattr(self, command)(**await request.json()))
+            return web.json_response(await command(**await request.json()))
         except (GRPCError, LookupError, ValueError, TimeoutError) as error:
             return web.Response(status=409, text=f"{type(error).__name__}: {error}")
 

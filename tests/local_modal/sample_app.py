@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import modal
 
+APP = "tests.local_modal.sample_app:app"
+
 app = modal.App("sample")
 
 volume = modal.Volume.from_name("sample-volume", create_if_missing=True)

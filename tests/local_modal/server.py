@@ -160,7 +160,10 @@ class ServerProcess(Address):
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
         assert process.stdout is not None
-        super().__init__(**json.loads(process.stdout.readline()))
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError("The local Modal did not start; its stderr says why")
+        super().__init__(**json.loads(line))
 
     @property
     def pid(self) -> int:

@@ -186,6 +186,15 @@ async def test_a_lost_call(local_modal: Address, call: Call) -> None:
         await call.get.aio(timeout=PATIENCE)
 
 
+async def test_a_call_that_is_lost_while_somebody_waits(local_modal: Address, look: Look) -> None:
+    call = await look("wait_for").spawn.aio("/nonexistent")
+    get = asyncio.create_task(call.get.aio(timeout=PATIENCE))
+    await asyncio.to_thread(local_modal.control.wait_for_requests, "FunctionGetOutputs", 1)
+    local_modal.control.lose(call.object_id)
+    with pytest.raises(modal.exception.NotFoundError):
+        await get
+
+
 async def test_a_call_that_never_was(modal_client: modal.Client) -> None:
     call: Call = modal.FunctionCall.from_id("fc-none", modal_client)
     for ask in (call.get.aio, call.cancel.aio):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import modal
 import pytest
 
-from tests.local_modal.conftest import APP
 from tests.local_modal.control import Refused
+from tests.local_modal.sample_app import APP
 from tests.local_modal.server import Address, in_thread
 from tests.local_modal.settings import Settings
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.local_modal.conftest import APP
 from tests.local_modal.containers import REPO, clean_environment
 from tests.local_modal.control import Control
+from tests.local_modal.sample_app import APP
 from tests.local_modal.server import ServerProcess
 from tests.local_modal.settings import Settings
 
