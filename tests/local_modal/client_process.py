@@ -33,13 +33,14 @@ def resident() -> float:
 
 
 async def many(count: str) -> None:
-    """Hold calls in flight; print what that costs, and the sum of their results in the end."""
+    """Hold calls in flight; print what that costs when told to, and the sum of their results."""
     function = modal.Function.from_name("sample", "echo")
     await function.hydrate.aio()
     before, started = resident(), time.monotonic()
     calls = await asyncio.gather(*(function.spawn.aio(n) for n in range(int(count))))
     spawned = time.monotonic() - started
     gets = [asyncio.create_task(call.get.aio()) for call in calls]
+    await asyncio.to_thread(sys.stdin.readline)
     cpu = time.process_time()
     await asyncio.sleep(1)
     say(f"{before:.1f} {resident():.1f} {spawned:.2f} {time.process_time() - cpu:.2f}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Self
 
 from aiohttp import web
-from grpclib.server import Server
 from modal._utils.grpc_utils import custom_detail_codec
 
 from tests.faults.proxy import Proxy
@@ -30,6 +29,7 @@ from tests.local_modal.journal import Journal
 from tests.local_modal.operations import Operator
 from tests.local_modal.pools import Pools
 from tests.local_modal.settings import Settings
+from tests.local_modal.wire import LimitedServer
 
 HOST = "127.0.0.1"
 START = 60.0  # seconds, of which the deployment takes a few
@@ -92,7 +92,7 @@ async def serving(settings: Settings) -> AsyncIterator[Address]:
             requests=gateway.requests,
         )
         blobs.url = await stack.enter_async_context(_http([*blobs.routes(), *operator.routes()]))
-        await stack.enter_async_context(_grpc(gateway, listener))
+        await stack.enter_async_context(_grpc(gateway, listener, settings.streams))
         stack.push_async_callback(pools.close)
         await deploy(settings, launcher.server_url)
         gateway.requests.counts.clear()
@@ -123,8 +123,8 @@ async def _http(routes: list[web.RouteDef]) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def _grpc(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
-    server = Server([gateway], status_details_codec=custom_detail_codec)
+async def _grpc(gateway: Gateway, listener: socket.socket, streams: int) -> AsyncIterator[None]:
+    server = LimitedServer([gateway], streams=streams, status_details_codec=custom_detail_codec)
     await server.start(sock=listener)
     try:
         yield

@@ -24,6 +24,7 @@ class Settings:
     max_crashes: int | None = None  # of one call's containers; Modal starts it again for ever
     init_attempts: int = 2  # containers that may fail to start before the waiting calls fail
     cancel_grace: float = 1.0  # seconds from a cancelled input's exception to its container's end
+    streams: int = 10_000  # open requests of one connection; what Modal allows is not known
     container_environment: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:

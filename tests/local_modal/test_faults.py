@@ -1,5 +1,6 @@
 """What happens to calls besides errors: preempted, started twice, answered too late."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -117,6 +118,25 @@ async def test_a_spawn_that_is_given_up_may_have_been_performed(
     assert first == orphan
     assert first["call_id"] != second["call_id"]
     assert first["arguments_sha256"] == second["arguments_sha256"]
+
+
+async def test_a_client_holds_back_what_the_connection_has_no_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Enough long polls, and even a cancel waits for one of them to end."""
+    async with serving(monkeypatch, Settings(apps=(APP,), streams=2)) as server:
+        control = server.address.control
+        control.pause()
+        calls = [await function(server.client, "double").spawn.aio(n) for n in range(3)]
+        polls = [asyncio.create_task(call.get.aio(timeout=PATIENCE)) for call in calls[:2]]
+        await asyncio.to_thread(control.wait_for_requests, "FunctionGetOutputs", 2)
+        cancel = asyncio.create_task(calls[2].cancel.aio())
+        done, _ = await asyncio.wait([cancel], timeout=0.5)
+        assert not done
+        assert "FunctionCallCancel" not in control.requests()
+        control.resume()
+        assert await asyncio.gather(*polls) == [0, 2]
+        await cancel
 
 
 async def test_nothing_starts_while_it_is_paused(

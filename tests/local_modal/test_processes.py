@@ -46,6 +46,7 @@ def client(server: ServerProcess) -> Iterator[Client]:
                     [sys.executable, "-m", "tests.local_modal.client_process", *arguments],
                     cwd=REPO,
                     env=clean_environment(**server.environment()),
+                    stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                 )
@@ -85,6 +86,10 @@ def test_another_process_gets_what_a_killed_one_has_spawned(
 def test_a_thousand_calls_are_in_flight_in_one_client(control: Control, client: Client) -> None:
     control.pause()
     process = client("many", str(IN_FLIGHT))
+    control.wait_for_requests("FunctionGetOutputs", IN_FLIGHT)
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
     before, during, spawning, cpu = map(float, line(process).split())
     print(  # noqa: T201 -- a measurement; pytest -rP shows it
         f"{IN_FLIGHT} gets: {before:.0f} -> {during:.0f} MiB, spawned in {spawning:.1f} s,"
@@ -105,6 +110,7 @@ def test_containers_end_with_their_server(tmp_path: Path) -> None:
             cwd=REPO,
             env=clean_environment(**server.environment()),
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # it complains of the dead server
         ) as process:
             (start,) = server.control.wait("started")
             os.kill(server.pid, signal.SIGKILL)
