@@ -102,7 +102,8 @@ def test_a_thousand_calls_are_in_flight_in_one_client(control: Control, client: 
     assert len(control.events("started")) == IN_FLIGHT
 
 
-def test_containers_end_with_their_server(tmp_path: Path) -> None:
+def test_containers_end_with_their_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed server leaves its folder behind
     with ServerProcess.started(Settings(apps=(APP,))) as server:
         command = [sys.executable, "-m", "tests.local_modal.client_process"]
         with subprocess.Popen(
