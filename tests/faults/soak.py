@@ -44,7 +44,7 @@ from tests.faults.proxy import Proxy
 WORKERS = 4
 CONCURRENCY = 4
 USERS = 6
-SECONDS_TO_END = 180.0
+SECONDS_TO_END = 600.0  # jobs that kill their workers end one after the other
 NEVER_END = ("sleep-600", "stubborn-0.5")  # until they are cancelled
 SCRIPTS = (
     *("sleep", "sleep-0.02", "sleep-0.1", "sleep-0.5", "sleep-2") * 6,
