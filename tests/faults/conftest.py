@@ -25,7 +25,9 @@ HELD = (
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory, template: str) -> Iterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"))
+    # Many databases with workers at once: each worker has a pool and a connection of its own.
+    settings = {"max_connections": "300"}
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), settings=settings)
     with server:
         server.create_database(template)
         server.bootstrap(template)
