@@ -73,6 +73,7 @@ class Embedded:
             jwt_secret=self._jwt_secret(),
             storage_dir=self._home / "storage",
             models_dir=self._home / "models",
+            scratch_dir=self._home / "scratch",
         )
 
     @property
@@ -123,6 +124,7 @@ class Embedded:
             "PGSCRIBE_JWT_SECRET": settings.require_jwt_secret(),
             "PGSCRIBE_STORAGE_DIR": str(settings.storage_dir.resolve()),
             "PGSCRIBE_MODELS_DIR": str(settings.models_dir.resolve()),
+            "PGSCRIBE_SCRATCH_DIR": str(settings.scratch_dir.resolve()),
         }
 
     @contextlib.contextmanager

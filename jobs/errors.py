@@ -85,6 +85,33 @@ class EngineCrashed(PgscribeError):
     retryable = True
 
 
+class ComputeUnavailable(PgscribeError):
+    """The machines that transcribe do not answer; another attempt goes on where this one was."""
+
+    code = "compute_unavailable"
+    retryable = True
+
+
+class CallLost(PgscribeError):
+    """A remote call ended without a result, again and again."""
+
+    code = "call_lost"
+    retryable = True
+
+
+class CallTimeout(PgscribeError):
+    """A remote call took longer than the limit."""
+
+    code = "call_timeout"
+    retryable = True
+
+
+class AttemptLost(PgscribeError):
+    """The job was taken from this attempt, which changes nothing any more."""
+
+    code = "attempt_lost"
+
+
 class DatabaseUnavailable(PgscribeError):
     """The database does not answer; try again in a moment."""
 

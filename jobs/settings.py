@@ -15,6 +15,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.errors import SettingsError
 
+# US dollars a second, as Modal's price page had them in 2025; they change: an estimate.
+GPU_PRICES = {
+    "T4": 0.000164,
+    "L4": 0.000222,
+    "A10": 0.000306,
+    "L40S": 0.000542,
+    "A100": 0.000583,
+    "A100-80GB": 0.000694,
+    "H100": 0.001097,
+    "H200": 0.001261,
+    "B200": 0.001736,
+}
+
 
 class _FromEnvironment(BaseSettings):
     # dev.env is there while `pgscribe dev` runs in this folder; .env and the environment win.
@@ -85,8 +98,18 @@ class Settings(TokenSettings):
         Path(".pgscribe/models"), description="Folder for weights, one subfolder per engine."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the engine runs.")
+    engine_processes: PositiveInt | None = Field(
+        None,
+        description="Engine processes at most, each with its model in memory once it is needed; "
+        "by default one per core up to 4, and one where the device is cuda.",
+    )
     engine_threads: PositiveInt | None = Field(
-        None, description="Threads per engine process; by default the cores are shared out."
+        None, description="Threads per engine process; by default twice its share of the cores."
+    )
+    scratch_dir: Path = Field(
+        Path(".pgscribe/scratch"),
+        description="Folder for decoded audio, 115 MB an hour; .pcm files there that are older "
+        "than a day are deleted.",
     )
 
     max_audio_seconds: PositiveInt = Field(4 * 3600, description="Longest audio, in seconds.")
@@ -103,8 +126,32 @@ class Settings(TokenSettings):
         description="Seconds without a heartbeat after which a worker is presumed dead and its "
         "jobs run again; the same for all workers of a database.",
     )
+    compute: Literal["local", "modal"] = Field(
+        "local", description="Where calls run: this machine's processes, or Modal."
+    )
+    max_chunks_per_job: PositiveInt = Field(
+        20, description="Chunks of one job that are transcribed at a time."
+    )
+    max_calls: PositiveInt = Field(
+        1000, description="Calls that a worker has running at a time, of all its jobs."
+    )
+    call_timeout: PositiveInt = Field(
+        3600, description="Longest that one call may take with its wait for a machine, in seconds."
+    )
+    compute_patience: PositiveInt = Field(
+        300,
+        description="Seconds that the machines that transcribe may be out of reach before an "
+        "attempt gives up; what it has started goes on.",
+    )
+    modal_gpu: str = Field("L4", description="GPU type that the Modal app is deployed with.")
+    gpu_prices: dict[str, float] = Field(
+        GPU_PRICES, description="Prices of a GPU-second by type, for each job's estimated cost."
+    )
+    cpu_second_price: float = Field(
+        0.0000262, ge=0, description="Price of a second on a machine without a GPU."
+    )
     worker_concurrency: PositiveInt = Field(
-        1, description="Jobs at a time per worker; locally each has an engine process of its own."
+        1, description="Jobs at a time per worker; locally they share the engine processes."
     )
     keep_queue_jobs_days: PositiveInt | None = Field(
         7, description="Days after which the queue job of an ended job is deleted."
@@ -141,3 +188,8 @@ class Settings(TokenSettings):
                     "that names the audio"
                 )
         return days
+
+    @property
+    def gpu_second_price(self) -> float:
+        """Price of a second on the GPU that the Modal app has, 0 where it is unknown."""
+        return self.gpu_prices.get(self.modal_gpu, 0.0)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import procrastinate
 from procrastinate import jobs as queue_jobs
+from procrastinate.job_context import AbortReason
 
 from jobs.errors import PgscribeError
 from jobs.execution import Job
@@ -40,6 +41,7 @@ def add_tasks(
     app: procrastinate.App,
     transcriber: Transcriber,
     prune: Callable[[], Awaitable[object]],
+    cancel_stray_calls: Callable[[], Awaitable[object]],
 ) -> None:
     """Register the task that the database's triggers defer, and the periodic ones."""
 
@@ -50,7 +52,15 @@ def add_tasks(
     ) -> Transcript:
         assert isinstance(context.job, Job)
         assert context.job.attempt is not None
-        return await transcriber.run(context.job.attempt)
+        return await transcriber.run(
+            context.job.attempt,
+            is_cancelled=lambda: context.abort_reason() is AbortReason.USER_REQUEST,
+        )
+
+    @app.periodic(cron="* * * * *")
+    @app.task(name="cancel_stray_calls", queue=MAINTENANCE, queueing_lock="cancel_stray_calls")
+    async def cancel_calls_of_ended_jobs(timestamp: int) -> None:  # noqa: ARG001
+        await cancel_stray_calls()
 
     @app.periodic(cron="*/10 * * * *")
     @app.task(name="prune", queue=MAINTENANCE, queueing_lock="prune")

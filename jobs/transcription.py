@@ -1,83 +1,368 @@
-"""A job from audio to transcript."""
+"""A job from audio to transcript: prepare the audio, transcribe its chunks, merge them.
+
+All that was paid for is in Postgres before anything is made of it (``jobs/calls.py``), so an
+attempt goes on where the last one was: it waits for the calls that run, and starts those that are
+missing.
+"""
 
 import asyncio
+import contextlib
 import logging
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg_pool import PoolTimeout
 
-from jobs.compute.base import Compute
+from jobs.backoff import Backoff
+from jobs.calls import Call, CallLog, Chunk, Known, forget_stray_calls, stray_calls
+from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe
 from jobs.database import Pool
-from jobs.errors import JobTimeout
+from jobs.errors import (
+    AttemptLost,
+    CallLost,
+    CallTimeout,
+    ComputeUnavailable,
+    JobTimeout,
+    PgscribeError,
+    TranscriptionFailed,
+)
 from jobs.models import Attempt, Transcript, TranscriptionOptions
+from jobs.settings import Settings
 from jobs.sql import ATTEMPTS
 from jobs.storage.base import Storage
+from modal_functions.merging import merge
+from modal_functions.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
+CANCEL_TIMEOUT = 1.5  # seconds; a cancelled job has stopped after 2
+MOST_CALLS = 4  # for one chunk in an attempt: the first, and those that replace lost ones
+GONE = "prepared_audio_gone"
+
+T = TypeVar("T")
+MakeRequest = Callable[[], Awaitable[Prepare | Transcribe]]
 
 
-class _Progress:
-    """The latest progress that an engine has reported."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a worker does at a time, and for how long. Times are in seconds.
 
-    fraction = 0.0
+    ``patience``: how long the compute side may be out of reach before the attempt gives up; what
+    it has started goes on, and the next attempt waits for that.
+    """
 
-    def report(self, fraction: float) -> None:
-        self.fraction = fraction
+    attempt: float
+    call: float
+    patience: float
+    audio_seconds: float
+    chunks_per_job: int
+    calls: int
+    gpu_second_price: float
+    cpu_second_price: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Return what the settings say."""
+        return cls(
+            attempt=settings.job_timeout,
+            call=settings.call_timeout,
+            patience=settings.compute_patience,
+            audio_seconds=settings.max_audio_seconds,
+            chunks_per_job=settings.max_chunks_per_job,
+            calls=settings.max_calls,
+            gpu_second_price=settings.gpu_second_price,
+            cpu_second_price=settings.cpu_second_price,
+        )
 
 
 class Transcriber:
-    """Carries out attempts. ``timeout`` is the longest that one may take, in seconds."""
+    """Carries out attempts."""
 
-    def __init__(self, pool: Pool, storage: Storage, compute: Compute, *, timeout: float) -> None:
+    def __init__(self, pool: Pool, storage: Storage, compute: Compute, limits: Limits) -> None:
         self._pool = pool
         self._storage = storage
         self._compute = compute
-        self._timeout = timeout
+        self._limits = limits
+        self._calls = asyncio.Semaphore(limits.calls)
 
-    async def run(self, attempt: Attempt) -> Transcript:
+    async def run(self, attempt: Attempt, *, is_cancelled: Callable[[], bool]) -> Transcript:
         """Transcribe the attempt's audio; meanwhile its progress is on the job's row.
 
-        Raises ``PgscribeError``; its ``retryable`` says whether another attempt makes sense.
+        When the task is cancelled, calls go on for the next attempt, unless ``is_cancelled`` says
+        that the job is to stop. Raises ``PgscribeError``; its ``retryable`` says whether another
+        attempt makes sense.
         """
+        run = _Run(self._pool, self._storage, self._compute, self._limits, self._calls, attempt)
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._transcribe(attempt)
+            async with asyncio.timeout(self._limits.attempt):
+                return await run.transcript()
         except TimeoutError as exc:
+            await run.cancel_calls()
             raise JobTimeout(
-                f"The attempt took longer than the limit of {self._timeout:g} s; "
+                f"The attempt took longer than the limit of {self._limits.attempt:g} s; "
                 "split the recording or raise PGSCRIBE_JOB_TIMEOUT"
             ) from exc
+        except asyncio.CancelledError:
+            if is_cancelled():
+                await run.cancel_calls()
+            raise
+        except PgscribeError as exc:
+            if not exc.retryable:
+                await run.cancel_calls()
+            raise
 
-    async def _transcribe(self, attempt: Attempt) -> Transcript:
-        source = await self._storage.locate(attempt.file_path)
-        progress = _Progress()
-        writer = asyncio.create_task(self._write_progress(attempt, progress))
+
+class _Run:
+    """One attempt."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the transcriber's parts
+        self,
+        pool: Pool,
+        storage: Storage,
+        compute: Compute,
+        limits: Limits,
+        calls: asyncio.Semaphore,
+        attempt: Attempt,
+    ) -> None:
+        self._pool = pool
+        self._storage = storage
+        self._compute = compute
+        self._limits = limits
+        self._calls = calls
+        self._attempt = attempt
+        self._options = TranscriptionOptions.from_dict(attempt.options)
+        self._log = CallLog(pool, attempt)
+        self._open: set[str] = set()  # ids of calls that this attempt waits for
+        self._progress = _Progress()
+
+    async def transcript(self) -> Transcript:
+        known = await self._log.load()
+        self._open = {call.id for call in (known.preparation, *known.chunks) if call.id}
+        writer = asyncio.create_task(self._write_progress())
         try:
-            return await self._compute.transcribe(
-                source, TranscriptionOptions.from_dict(attempt.options), progress.report
-            )
+            return await self._transcript(known)
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
-    async def _write_progress(self, attempt: Attempt, progress: _Progress) -> None:
+    async def _transcript(self, known: Known) -> Transcript:
+        try:
+            plan, chunks = await self._transcribe(known)
+        except TranscriptionFailed as exc:
+            if exc.code != GONE:
+                raise
+            # A day has passed, or another machine goes on; chunks that are done stay done.
+            await self._log.forget_plan()
+            plan, chunks = await self._transcribe(await self._log.load())
+        transcript = await asyncio.to_thread(_merge, plan, chunks, self._options)
+        await self._log.note_usage(self._limits.gpu_second_price, self._limits.cpu_second_price)
+        with contextlib.suppress(ComputeUnavailable):  # it goes with age, too
+            await self._compute.discard(self._key)
+        return transcript
+
+    @property
+    def _key(self) -> str:
+        return str(self._attempt.job_id)
+
+    async def _transcribe(self, known: Known) -> tuple[Plan, list[Chunk]]:
+        if known.plan is None:
+            outcome = await self._outcome(known.preparation, self._prepare, lambda _: None)
+            known = await self._log.store_plan(outcome)
+        plan = known.plan
+        assert plan is not None
+        self._progress.start(plan, known.chunks)
+        slots = asyncio.Semaphore(self._limits.chunks_per_job)
+        await _all_of(
+            [
+                self._transcribe_chunk(plan, chunk, slots)
+                for chunk in known.chunks
+                if chunk.result is None
+            ]
+        )
+        return plan, known.chunks
+
+    async def _transcribe_chunk(self, plan: Plan, chunk: Chunk, slots: asyncio.Semaphore) -> None:
+        assert chunk.index is not None
+        report = self._progress.of(chunk.index)
+        request = Transcribe(str(plan.pcm), plan.spans[chunk.index], self._options)
+
+        async def transcribe() -> Transcribe:
+            return request
+
+        async with slots, self._calls:
+            outcome = await self._outcome(chunk, transcribe, report)
+            await self._log.store_chunk(chunk, outcome)
+        report(1.0)
+
+    async def _prepare(self) -> Prepare:
+        source = await self._storage.locate(self._attempt.file_path)
+        return Prepare(source, self._key, self._options.preprocessing, self._limits.audio_seconds)
+
+    # One call
+
+    async def _outcome(self, call: Call, make_request: MakeRequest, report: OnProgress) -> Outcome:
+        """Return what the call returns; start it if there is none, and again where it is lost."""
+        for _ in range(MOST_CALLS):
+            if call.id is None:
+                await _unless_killed(self._start(call, make_request))
+            assert call.id is not None
+            try:
+                outcome = await self._wait(call.id, report)
+            except CallLost:
+                logger.warning("Call %s was lost and is started again", call.id)
+                await self._forget(call)
+            except ComputeUnavailable:
+                raise  # it goes on, for the next attempt
+            except PgscribeError:
+                await self._forget(call)
+                raise
+            else:
+                self._open.discard(call.id)
+                return outcome
+        raise CallLost
+
+    async def _start(self, call: Call, make_request: MakeRequest) -> None:
+        """Start a call and note it. In between, and only there, a crash loses a call."""
+        request = await make_request()
+        call_id = await self._patiently(lambda: self._compute.spawn(request))
+        self._open.add(call_id)
+        try:
+            await self._log.note_call(call, call_id)
+        except AttemptLost:
+            await self._cancel([call_id])
+            raise
+
+    async def _wait(self, call_id: str, report: OnProgress) -> Outcome:
+        try:
+            async with asyncio.timeout(self._limits.call):
+                return await self._patiently(lambda: self._compute.result(call_id, report))
+        except TimeoutError as exc:
+            await self._cancel([call_id])
+            raise CallTimeout(
+                f"A call took longer than the limit of {self._limits.call:g} s; "
+                "see PGSCRIBE_CALL_TIMEOUT"
+            ) from exc
+
+    async def _forget(self, call: Call) -> None:
+        self._open.discard(call.id or "")
+        await self._log.forget_call(call)
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask again for as long as the compute side may be out of reach."""
+        backoff = Backoff(0.2, 15.0)
+        give_up_at: float | None = None
+        while True:
+            try:
+                return await ask()
+            except ComputeUnavailable as exc:
+                now = time.monotonic()
+                give_up_at = give_up_at or now + self._limits.patience
+                if now >= give_up_at:
+                    raise
+                logger.warning("Asked again in a moment: %s", exc)
+                await backoff.sleep()
+
+    async def cancel_calls(self) -> None:
+        """Cancel all calls that run for this attempt."""
+        await self._cancel(list(self._open))
+
+    async def _cancel(self, call_ids: Sequence[str]) -> None:
+        # What is missed here is found by the janitor: see jobs/tasks.py.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await asyncio.gather(*map(self._compute.cancel, call_ids), return_exceptions=True)
+
+    # Progress
+
+    async def _write_progress(self) -> None:
         written = 0.0
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL)
-            if progress.fraction > written:
-                written = progress.fraction
+            fraction = self._progress.fraction
+            if fraction > written:
+                written = fraction
                 try:
-                    await self._execute("write_progress", attempt, progress=written)
+                    await self._write(written)
                 except (psycopg.OperationalError, PoolTimeout) as exc:
                     # The next one may get through.
                     logger.warning("Progress not written: %s", exc)
 
-    async def _execute(self, query: str, attempt: Attempt, **values: Any) -> bool:
-        """Run a fenced statement; return whether the attempt still held its job."""
-        fence = {"job_id": attempt.job_id, "attempt": attempt.number}
+    async def _write(self, progress: float) -> None:
+        fence = {"job_id": self._attempt.job_id, "attempt": self._attempt.number}
         async with self._pool.connection() as conn:
-            cursor = await conn.execute(ATTEMPTS[query], {**fence, **values})
-            return cursor.rowcount > 0
+            await conn.execute(ATTEMPTS["write_progress"], {**fence, "progress": progress})
+
+
+class _Progress:
+    """The share of the recording that is done, of all chunks together."""
+
+    def __init__(self) -> None:
+        self._samples: list[int] = []
+        self._done: list[float] = []
+
+    def start(self, plan: Plan, chunks: Iterable[Chunk]) -> None:
+        """Begin to count."""
+        self._samples = [span.end - span.start for span in plan.spans]
+        self._done = [float(chunk.result is not None) for chunk in chunks]
+
+    def of(self, index: int) -> OnProgress:
+        """Return what reports a chunk's own share."""
+
+        def report(fraction: float) -> None:
+            self._done[index] = fraction
+
+        return report
+
+    @property
+    def fraction(self) -> float:
+        """The share, 0 to 1."""
+        done = sum(n * share for n, share in zip(self._samples, self._done, strict=True))
+        return done / sum(self._samples) if self._samples else 0.0
+
+
+async def cancel_stray_calls(pool: Pool, compute: Compute) -> int:
+    """Cancel calls that nobody waits for any more, and return how many."""
+    call_ids = await stray_calls(pool)
+    answers = await asyncio.gather(*map(compute.cancel, call_ids), return_exceptions=True)
+    cancelled = [
+        call_id
+        for call_id, answer in zip(call_ids, answers, strict=True)
+        if not isinstance(answer, BaseException)
+    ]
+    await forget_stray_calls(pool, cancelled)
+    return len(cancelled)
+
+
+def _merge(plan: Plan, chunks: Sequence[Chunk], options: TranscriptionOptions) -> Transcript:
+    parts = [
+        (span.seconds, Transcript.from_dict(chunk.result or {}))
+        for span, chunk in zip(plan.spans, chunks, strict=True)
+    ]
+    return merge(parts, name=plan.name, task=options.task)
+
+
+async def _all_of(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run them together; where some fail, raise what decides about the attempt."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in coroutines:
+                group.create_task(coroutine)
+    except BaseExceptionGroup as failed:
+        errors = failed.exceptions
+        raise next((e for e in errors if not getattr(e, "retryable", False)), errors[0]) from None
+
+
+async def _unless_killed(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Let it come to its end, or nearly so, although the task is cancelled meanwhile."""
+    task = asyncio.ensure_future(coroutine)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=CANCEL_TIMEOUT)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise

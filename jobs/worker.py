@@ -9,12 +9,12 @@ import procrastinate
 
 from jobs import database, retention, tasks
 from jobs.backoff import Backoff
-from jobs.compute.local import LocalCompute
+from jobs.compute.base import Compute
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
-from jobs.transcription import Transcriber
+from jobs.transcription import Limits, Transcriber, cancel_stray_calls
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,17 @@ def make_app(settings: Settings) -> App:
     )
 
 
+def make_compute(settings: Settings) -> Compute:
+    """Return what the settings name. Each needs packages that the other does not."""
+    if settings.compute == "modal":
+        from jobs.compute.modal import ModalCompute
+
+        return ModalCompute(settings)
+    from jobs.compute import local
+
+    return local.LocalCompute(settings)
+
+
 async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
     """Work until ``stop`` is set, then let running jobs finish for ``shutdown_timeout`` seconds.
 
@@ -41,11 +52,12 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
     pool = database.make_pool(settings, name="tasks", for_queue=True)
     storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
     app = make_app(settings)
-    async with LocalCompute(settings) as compute, pool, app.open_async(pool):
+    async with make_compute(settings) as compute, pool, app.open_async(pool):
         tasks.add_tasks(
             app,
-            Transcriber(pool, storage, compute, timeout=settings.job_timeout),
+            Transcriber(pool, storage, compute, Limits.of(settings)),
             functools.partial(retention.prune, pool, storage, settings),
+            functools.partial(cancel_stray_calls, pool, compute),
         )
         backoff = Backoff(1.0, 60.0)
         while not stop.is_set():

@@ -77,6 +77,16 @@ class DecoderUnavailable(TranscriptionError):
     code = "decoder_unavailable"
 
 
+class PreparedAudioGone(TranscriptionError):
+    """What was decoded of the recording is no longer there; it has to be prepared again."""
+
+    code = "prepared_audio_gone"
+    retryable = True
+
+    def __str__(self) -> str:
+        return str(self.__doc__)
+
+
 class InvalidOptions(TranscriptionError):
     """An option is unknown or has a value that is not allowed.
 

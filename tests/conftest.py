@@ -104,4 +104,5 @@ def settings(database: str, tmp_path: Path, models_dir: Path) -> Settings:
         jwt_secret="a secret of thirty-two characters or more",
         storage_dir=tmp_path / "storage",
         models_dir=models_dir,
+        scratch_dir=tmp_path / "scratch",
     )

@@ -1,14 +1,15 @@
 """The child process that ``LocalCompute`` starts: JSON lines in, JSON lines out.
 
-Requests: ``{"warm_up": model}`` or ``{"source": …, "options": {…}}``. Answers: any number of
-``{"progress": 0..1}``, then one of ``{"ready": true}``, ``{"transcript": {…}}`` or
-``{"error": {"code", "message", "retryable"}}``.
+Requests name a function of ``_Child`` and hold its arguments. The answers to a call are any number
+of ``{"progress": 0..1}``, then what ``jobs.compute.base`` says that functions return.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -16,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from jobs.compute import packaged_weights
+from modal_functions.audio import read_span
 from modal_functions.engines import Engine, load_engine
-from modal_functions.errors import TranscriptionError
+from modal_functions.errors import PreparedAudioGone, TranscriptionError
+from modal_functions.plan import Span
 from modal_functions.transcript import TranscriptionOptions
-from modal_functions.transcription import transcribe_file
+from modal_functions.transcription import prepare, transcribe_chunk
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_STEP = 0.01  # an engine may report thousands of steps; these are plenty
 
 
-class _EngineProcess:
+class _Child:
     def __init__(self, config: dict[str, Any], answers: int) -> None:
         self._config = config
         self._answers = os.fdopen(answers, "w", encoding="utf-8", buffering=1)
@@ -60,34 +63,67 @@ class _EngineProcess:
             self._reported = fraction
             self.answer({"progress": fraction})
 
-    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        if "warm_up" in request:
-            self.engine(request["warm_up"])
-            return {"ready": True}
-        self._reported = 0.0
-        options = TranscriptionOptions.from_dict(request["options"])
-        transcript = transcribe_file(
+    def warm_up(self, request: dict[str, Any]) -> None:
+        """Load a model; a call that needs it will find and say what is wrong with it."""
+        try:
+            self.engine(request["model"])
+        except Exception as exc:  # noqa: BLE001 - whatever it is
+            logger.warning("The default model is not loaded: %s", exc)
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Decode a recording to a file, which appears at once, and plan its spans."""
+        pcm, unfinished = Path(request["pcm"]), Path(request["unfinished"])
+        plan = prepare(
             request["source"],
-            options,
-            engine=self.engine(options.model),
-            max_seconds=self._config["max_seconds"],
-            on_progress=self.on_progress,
+            unfinished,
+            preprocessing=request["preprocessing"],
+            max_seconds=request["max_seconds"],
+            min_span=request["min_span"],
+            max_span=request["max_span"],
         )
+        unfinished.replace(pcm)
+        return {"plan": dataclasses.replace(plan, pcm=pcm).to_dict()}
+
+    def transcribe(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Transcribe a span of a decoded file."""
+        options = TranscriptionOptions.from_dict(request["options"])
+        try:
+            samples = read_span(Path(request["pcm"]), Span(**request["span"]))
+        except (FileNotFoundError, ValueError) as exc:  # a power failure may leave less than all
+            raise PreparedAudioGone from exc
+        engine = self.engine(options.model)
+        self._reported = 0.0
+        transcript = transcribe_chunk(samples, options, engine=engine, on_progress=self.on_progress)
         return {"transcript": transcript.to_dict()}
+
+    def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return a function's answer, with its error as a value and what it took."""
+        before = _cpu_seconds()
+        function = self.prepare if request["function"] == "prepare" else self.transcribe
+        try:
+            answer = function(request)
+        except TranscriptionError as exc:
+            error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
+            answer = {"error": error}
+        except Exception:  # whatever a model or a decoder raises ends this call only
+            logger.exception("Unexpected error in the engine")
+            message = "The engine failed unexpectedly; the worker's log says more."
+            answer = {"error": {"code": "internal_error", "message": message, "retryable": True}}
+        return answer | {"usage": {"cpu_seconds": _cpu_seconds() - before}}
 
     def serve(self, requests: "queue.SimpleQueue[str]") -> None:
         while True:
             request = json.loads(requests.get())
-            try:
-                self.answer(self.handle(request))
-            except TranscriptionError as exc:
-                error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
-                self.answer({"error": error})
-            except Exception:  # whatever a model or a decoder raises ends this attempt only
-                logger.exception("Unexpected error in the engine")
-                message = "The engine failed unexpectedly; the worker's log says more."
-                error = {"code": "internal_error", "message": message, "retryable": True}
-                self.answer({"error": error})
+            if request["function"] == "warm_up":
+                self.warm_up(request)
+            else:
+                self.answer(self.call(request))
+
+
+def _cpu_seconds() -> float:
+    """Return what this process took of all cores so far, with the ffmpegs that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
@@ -104,7 +140,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries that print must not disturb the answers
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-    _EngineProcess(json.loads(sys.argv[1]), answers).serve(requests)
+    _Child(json.loads(sys.argv[1]), answers).serve(requests)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,39 @@
-"""Transcription on this machine, in child processes.
+"""Calls on this machine, in child processes.
 
-Native code that crashes takes down one attempt and not the worker, the event loop never waits
-for it, and a cancelled job stops at once because its process is killed.
+Native code that crashes takes down one call and not the worker, the event loop never waits for
+it, and a cancelled call stops at once because its process is killed. The calls end with the worker:
+whoever asks for one of another worker's is told that it is lost.
 """
 
 import asyncio
+import contextlib
 import ctypes
+import dataclasses
+import functools
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
-from jobs.errors import EngineCrashed, SettingsError, TranscriptionFailed
+from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe
+from jobs.errors import CallLost, EngineCrashed, SettingsError
 from jobs.settings import Settings
-from modal_functions.transcript import Transcript, TranscriptionOptions
+from modal_functions.transcript import TranscriptionOptions
 
 logger = logging.getLogger(__name__)
 
 _CHILD = (sys.executable, "-m", "jobs.compute.engine_process")
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
+_KEEP_SCRATCH = 24 * 3600  # seconds after which a decoded file was forgotten by its job
+_KEEP_ENDED = 256  # calls whose answers are remembered; a chunk's takes some 50 kB
 _MAX_ANSWER = 256 * 1024**2  # bytes; a transcript with word times is about 2 MB an hour
 
 # The child handles untrusted audio: of the environment it gets what engines need, and no secret.
@@ -51,6 +61,16 @@ _ENVIRONMENT_PREFIXES = (
     "PYTHON",
     "XDG_",
 )
+
+# Two cores, base in faster-whisper in int8, seconds, medians of three runs (splitting.py says how):
+#
+#   processes x threads                 1 x 1   1 x 2   2 x 1   2 x 2
+#   58 s in one piece                     @A1     @A2
+#   291 s in one piece                            @BW
+#   291 s in spans of 30 to 90 s                  @B12    @B21    @B22
+#
+# @NOTE
+_MAX_PROCESSES = 4  # each has the model in memory: 0.4 GB for base, 2 to 3 GB for large ones
 
 _MODULES = {"faster-whisper": "faster_whisper", "openai-whisper": "whisper"}
 
@@ -88,12 +108,24 @@ def _describe_exit(status: int) -> str:
     return f"The engine's process ended unexpectedly ({how}); out of memory is a common cause"
 
 
-class _EngineProcess:
-    """One child process with one model loaded; starts when first used, and again after a crash."""
+def processes_and_threads(settings: Settings, cores: int) -> tuple[int, int]:
+    """Return how many engine processes may run on so many cores, and the threads of each."""
+    default = 1 if settings.device == "cuda" else min(cores, _MAX_PROCESSES)
+    processes = settings.engine_processes or default
+    return processes, settings.engine_threads or max(1, min(cores, 2 * cores // processes))
 
-    def __init__(self, config: dict[str, Any]) -> None:
+
+class _Process:
+    """One child process with at most one model loaded; starts when used, and after a crash."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
+        self.model: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def _start(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
@@ -109,91 +141,274 @@ class _EngineProcess:
             )
         return self._process
 
-    async def request(
-        self, message: dict[str, Any], on_progress: Callable[[float], None]
-    ) -> dict[str, Any]:
-        """Send a request and return its last answer."""
+    async def _send(self, message: Mapping[str, Any]) -> asyncio.subprocess.Process:
         process = await self._start()
+        self.model = message.get("model", self.model)
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
             await process.stdin.drain()
         except ConnectionError:
             raise EngineCrashed(_describe_exit(await process.wait())) from None
+        return process
+
+    async def warm_up(self, model: str) -> None:
+        """Start, and load a model unless a call comes first for another; nobody waits for it."""
+        await self._send({"function": "warm_up", "model": model})
+
+    async def request(self, message: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+        """Send a request and return its last answer. Raises ``EngineCrashed``."""
+        process = await self._send(message)
+        assert process.stdout is not None
         while line := await process.stdout.readline():
             answer: dict[str, Any] = json.loads(line)
-            if "error" in answer:
-                raise TranscriptionFailed(**answer["error"])
             if "progress" not in answer:
                 return answer
             on_progress(answer["progress"])
         raise EngineCrashed(_describe_exit(await process.wait()))
 
     async def kill(self) -> None:
-        """End the child and what it started, at once."""
-        if self._process is not None:
-            if self._process.returncode is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            await self._process.wait()
+        """End the child and what it started, at once; the next request gets a fresh one."""
+        process, self._process, self.model = self._process, None, None
+        if process is not None:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+class _Call:
+    """A call, from its start until nobody remembers it."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self.message = message
+        self.progress = 0.0
+        self.serving: asyncio.Task[None] | None = None
+        self._end: Callable[[], Outcome] | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        return self._end is not None
+
+    def report(self, fraction: float) -> None:
+        self.progress = fraction
+        self._tell()
+
+    def end(self, end: Callable[[], Outcome]) -> None:
+        """Let the waiting have what ``end`` returns or raises; a call ends only once."""
+        if self._end is None:
+            self._end = end
+            self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def wait(self, on_progress: OnProgress) -> Outcome:
+        reported = 0.0
+        while True:
+            news = self._news
+            if self.progress > reported:
+                reported = self.progress
+                on_progress(reported)
+            if self._end is not None:
+                return self._end()
+            await news.wait()
+
+
+def _lost() -> Outcome:
+    raise CallLost
+
+
+def _crashed(message: str) -> Callable[[], Outcome]:
+    def end() -> Outcome:
+        raise EngineCrashed(message)
+
+    return end
+
+
+class _Lane:
+    """Calls in the order in which they were started, and the processes that serve them.
+
+    A process is started when a call waits for which there is none.
+    """
+
+    def __init__(self, config: Mapping[str, Any], size: int) -> None:
+        self._processes = [_Process(config) for _ in range(size)]
+        self._idle = list(self._processes)
+        self._waiting: deque[_Call] = deque()
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def warm_up(self, model: str) -> None:
+        await self._processes[0].warm_up(model)
+
+    def add(self, call: _Call) -> None:
+        self._waiting.append(call)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._waiting and self._idle:
+            call = self._waiting.popleft()
+            model = call.message.get("model")
+            process = max(self._idle, key=lambda p: (p.model == model, p.is_running))
+            self._idle.remove(process)
+            call.serving = asyncio.create_task(_serve(process, call))
+            self._serving.add(call.serving)
+            # Not in the task itself: one that is cancelled at once never begins.
+            call.serving.add_done_callback(functools.partial(self._release, process))
+
+    def _release(self, process: _Process, task: asyncio.Task[None]) -> None:
+        self._serving.remove(task)
+        self._idle.append(process)
+        self._go_on()
+
+    async def drop(self, call: _Call) -> None:
+        """Forget a call that waits, kill the process of one that runs."""
+        call.end(_lost)
+        if call in self._waiting:
+            self._waiting.remove(call)
+        if call.serving is not None:
+            call.serving.cancel()
+            await asyncio.wait([call.serving])
+
+    async def close(self) -> None:
+        self._waiting.clear()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        await asyncio.gather(*(process.kill() for process in self._processes))
+
+
+async def _serve(process: _Process, call: _Call) -> None:
+    try:
+        answer = await process.request(call.message, call.report)
+        call.end(lambda: Outcome.from_answer(answer))
+    except BaseException as exc:  # crashed or cancelled: what it was doing must not go on
+        await process.kill()
+        if unfinished := call.message.get("unfinished"):
+            _delete(Path(unfinished))
+        if isinstance(exc, EngineCrashed):
+            call.end(_crashed(str(exc)))
+        elif isinstance(exc, Exception):
+            logger.exception("An engine process could not be started or understood")
+            call.end(_crashed("The engine's process failed; the worker's log says more"))
+        else:
+            raise
 
 
 class LocalCompute:
-    """As many engine processes as the worker runs jobs, each transcribing one file at a time."""
+    """Runs calls in child processes, one call at a time in each.
+
+    ``prepare`` has processes of its own, one for each job of the worker, so that no job waits for
+    the transcriptions of another to learn that its recording cannot be used. They load no model.
+    """
 
     def __init__(self, settings: Settings) -> None:
         _check_installed(settings.engine)
-        count = settings.worker_concurrency
+        processes, threads = processes_and_threads(settings, os.cpu_count() or 1)
         config = {
             "engine": settings.engine,
             "models_dir": str(settings.models_dir.resolve()),
             "device": settings.device,
-            "threads": settings.engine_threads or max(1, (os.cpu_count() or 1) // count),
-            "max_seconds": settings.max_audio_seconds,
+            "threads": threads,
         }
-        self._processes = [_EngineProcess(config) for _ in range(count)]
-        self._idle: asyncio.LifoQueue[_EngineProcess] = asyncio.LifoQueue()
-        self._warming: list[asyncio.Task[None]] = []
+        self._scratch = settings.scratch_dir.resolve()
+        self._lanes = {
+            Prepare: _Lane(config, settings.worker_concurrency),
+            Transcribe: _Lane(config, processes),
+        }
+        self._calls: dict[str, _Call] = {}
 
     async def __aenter__(self) -> Self:
-        """Start the processes; they load the default model while the worker connects."""
+        """Start one engine process; it loads the default model while the worker connects."""
         hide_environment()
-        self._warming = [asyncio.create_task(self._warm_up(p)) for p in self._processes]
-        return self
-
-    async def _warm_up(self, process: _EngineProcess) -> None:
+        await asyncio.to_thread(_tidy, self._scratch)
         try:
-            await process.request({"warm_up": TranscriptionOptions().model}, lambda _: None)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, a job will meet it and say so
+            await self._lanes[Transcribe].warm_up(TranscriptionOptions().model)
+        except (EngineCrashed, OSError) as exc:  # a call will meet it and say so
             logger.warning("The default model is not loaded: %s", exc)
-        finally:
-            self._idle.put_nowait(process)
+        return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Stop the processes, whatever they do."""
-        for task in self._warming:
-            task.cancel()
-        await asyncio.gather(*self._warming, return_exceptions=True)
-        await asyncio.gather(*(process.kill() for process in self._processes))
+        for call in self._calls.values():
+            call.end(_lost)
+        await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
-    @asynccontextmanager
-    async def _process(self) -> AsyncIterator[_EngineProcess]:
-        process = await self._idle.get()
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        """Start a call on the next idle process of its kind; see ``Compute``."""
+        call_id = f"local-{uuid4()}"
+        self._forget_old()
+        call = self._calls[call_id] = _Call(self._message(call_id, request))
+        self._lanes[type(request)].add(call)
+        return call_id
+
+    def _forget_old(self) -> None:
+        ended = [call_id for call_id, call in self._calls.items() if call.is_over]
+        for call_id in ended[:-_KEEP_ENDED]:
+            del self._calls[call_id]
+
+    def _message(self, call_id: str, request: Prepare | Transcribe) -> dict[str, Any]:
+        if isinstance(request, Prepare):
+            return {
+                "function": "prepare",
+                "source": request.source,
+                "preprocessing": request.preprocessing,
+                "max_seconds": request.max_seconds,
+                "min_span": request.min_span,
+                "max_span": request.max_span,
+                "pcm": str(self._decoded(request.key)),
+                "unfinished": str(self._scratch / f".{call_id}.pcm"),
+            }
+        return {
+            "function": "transcribe",
+            "model": request.options.model,
+            "options": request.options.to_dict(),
+            # Wherever it was when it was prepared: this is the only folder that may be read.
+            "pcm": str(self._scratch / Path(request.pcm).name),
+            "span": dataclasses.asdict(request.span),
+        }
+
+    def _decoded(self, key: str) -> Path:
+        path = self._scratch / f"{key}.pcm"
+        if path.parent != self._scratch:
+            raise ValueError(f"{key!r} is not usable as the name of a file")
+        return path
+
+    async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:
+        """Wait for a call's end; see ``Compute``.
+
+        Raises ``EngineCrashed`` where the call's process ended; the call is then over.
+        """
+        if (call := self._calls.get(call_id)) is None:
+            raise CallLost
         try:
-            yield process
-        except TranscriptionFailed:
+            return await call.wait(on_progress)
+        except EngineCrashed:
+            self._calls.pop(call_id, None)
             raise
-        except BaseException:  # cancelled or crashed: what it was doing must not go on
-            await asyncio.shield(process.kill())
-            raise
-        finally:
-            self._idle.put_nowait(process)
 
-    async def transcribe(
-        self, source: str, options: TranscriptionOptions, on_progress: Callable[[float], None]
-    ) -> Transcript:
-        """Transcribe on the next idle process; see ``Compute``."""
-        message = {"source": source, "options": options.to_dict()}
-        async with self._process() as process:
-            answer = await process.request(message, on_progress)
-        return Transcript.from_dict(answer["transcript"])
+    async def cancel(self, call_id: str) -> None:
+        """Drop a call that waits, kill the process of one that runs, forget one that ended."""
+        if (call := self._calls.pop(call_id, None)) is None:
+            return
+        is_prepare = call.message["function"] == "prepare"
+        await self._lanes[Prepare if is_prepare else Transcribe].drop(call)
+
+    async def discard(self, key: str) -> None:
+        """Delete the file that ``prepare`` decoded, if there is one."""
+        await asyncio.to_thread(_delete, self._decoded(key))
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _tidy(scratch: Path) -> None:
+    """Make the folder, and delete what was left there by jobs of more than a day ago."""
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    latest = time.time() - _KEEP_SCRATCH
+    for path in scratch.glob("*.pcm"):
+        with contextlib.suppress(FileNotFoundError):  # another worker tidies up, too
+            if path.stat().st_mtime < latest:
+                path.unlink()

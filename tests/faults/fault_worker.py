@@ -15,16 +15,22 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
+from uuid import uuid4
 
-from jobs import queue, worker
+from jobs import queue, transcription, worker
+from jobs.calls import Call, CallLog, Chunk, Known
+from jobs.compute import local
+from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe, Usage
 from jobs.connection import QueueConnection
-from jobs.errors import EngineCrashed, PgscribeError
-from jobs.models import Attempt, Transcript, TranscriptionOptions
+from jobs.errors import CallLost, EngineCrashed, PgscribeError
+from jobs.models import Attempt, Segment, Transcript
 from jobs.queue import Ended, Queue, Turn
 from jobs.settings import Settings
 from jobs.storage.base import Storage
 from jobs.transcription import Transcriber
+from modal_functions.plan import SAMPLE_RATE, Plan, Span
 
 T = TypeVar("T")
 
@@ -108,8 +114,10 @@ ACTIONS: dict[str, Action] = {
 
 
 class ScriptedCompute:
+    """Calls that do what the file's name says, and are lost with this process."""
+
     def __init__(self, _: Settings) -> None:
-        pass
+        self._calls: dict[str, Prepare | Transcribe] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -117,23 +125,54 @@ class ScriptedCompute:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    async def transcribe(
-        self, source: str, options: TranscriptionOptions, on_progress: Callable[[float], None]
-    ) -> Transcript:
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        call_id = str(uuid4())
+        self._calls[call_id] = request
+        return call_id
+
+    async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:
+        if KILL_AT == "while a call runs":
+            die()
+        match self._calls.get(call_id):
+            case None:
+                raise CallLost
+            case Prepare(source=source):
+                plan = Plan(source, Path(source), (Span(0, 10 * SAMPLE_RATE),))
+                return Outcome(plan.to_dict(), Usage(cpu_seconds=1.0))
+            case Transcribe() as request:
+                transcript = await self._transcribe(request, on_progress)
+                return Outcome(transcript.to_dict(), Usage(gpu_seconds=1.0))
+
+    @staticmethod
+    async def _transcribe(request: Transcribe, on_progress: OnProgress) -> Transcript:
         attempt = attempt_of_task.get()
-        action, _, argument = source.rpartition("/")[2].partition("-")
+        action, _, argument = request.pcm.rpartition("/")[2].partition("-")
         on_progress(0.1)
         await ACTIONS.get(action, succeed)(attempt, argument)
-        on_progress(1)
         text = AWKWARD.get(action, f"{attempt.job_id} {attempt.number}")
-        duration = float("nan") if action == "nan" else 10.0
-        return Transcript(text, "en", duration, (), "scripted", options.model)
+        segment = Segment(0, 10, text, 0, 0, 1)
+        if action == "nan":
+            segment = NotANumber(0, 10, text, 0, 0, 1)
+        return Transcript(text, "en", 10.0, (segment,), "scripted", request.options.model)
+
+    async def cancel(self, call_id: str) -> None:
+        pass
+
+    async def discard(self, key: str) -> None:
+        pass
+
+
+class NotANumber(Segment):
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"start": float("nan")}
 
 
 class NoStorage:
     """Every file is there."""
 
     async def locate(self, file_path: str) -> str:
+        if KILL_AT == "after the audio is located":
+            die()
         return file_path
 
     async def save(self, file_path: str, chunks: object) -> int:
@@ -144,17 +183,44 @@ class NoStorage:
 
 
 class ScriptedTranscriber(Transcriber):
-    def __init__(self, pool: Any, _: Storage, *arguments: Any, **options: Any) -> None:
-        super().__init__(pool, NoStorage(), *arguments, **options)
+    def __init__(self, pool: Any, _: Storage, *arguments: Any) -> None:
+        super().__init__(pool, NoStorage(), *arguments)
 
-    async def run(self, attempt: Attempt) -> Transcript:
+    async def run(self, attempt: Attempt, *, is_cancelled: Callable[[], bool]) -> Transcript:
         attempt_of_task.set(attempt)
         note("start", attempt)
         if KILL_AT == "while a job runs":
             die()
-        transcript = await super().run(attempt)
+        transcript = await super().run(attempt, is_cancelled=is_cancelled)
         note("end", attempt)
         return transcript
+
+
+class ScriptedCallLog(CallLog):
+    async def store_plan(self, outcome: Outcome) -> Known:
+        known = await super().store_plan(outcome)
+        if KILL_AT == "after the plan is stored":
+            die()
+        return known
+
+    async def note_call(self, call: Call, call_id: str) -> None:
+        if call.index is not None and KILL_AT == "before the call is noted":
+            die()
+        await super().note_call(call, call_id)
+        if call.index is not None and KILL_AT == "after the call is noted":
+            die()
+
+    async def store_chunk(self, chunk: Chunk, outcome: Outcome) -> None:
+        if KILL_AT == "during the chunk's storing":
+            asyncio.get_running_loop().call_later(SOON, die)
+        await super().store_chunk(chunk, outcome)
+        if KILL_AT == "after the chunk is stored":
+            die()
+
+    async def note_usage(self, gpu_second_price: float, cpu_second_price: float) -> None:
+        await super().note_usage(gpu_second_price, cpu_second_price)
+        if KILL_AT == "after the usage is noted":
+            die()
 
 
 class ScriptedQueue(Queue):
@@ -229,7 +295,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     threading.Thread(target=end_with_parent, daemon=True).start()
     for module, name, replacement in (
-        (worker, "LocalCompute", ScriptedCompute),
+        (local, "LocalCompute", ScriptedCompute),
+        (transcription, "CallLog", ScriptedCallLog),
         (worker, "Transcriber", ScriptedTranscriber),
         (worker, "Queue", ScriptedQueue),
         (queue, "QueueConnection", TalkativeConnection),

@@ -25,9 +25,15 @@ ALWAYS = {
     "completed twice": """
         select job_id, count(*) from procrastinate.procrastinate_events
          where type = 'succeeded' group by job_id having count(*) > 1""",
-    "the result is another attempt's": """
+    # An earlier attempt may have stored the chunk; never another job's, nor one to come.
+    "the result is another job's": """
         select id, attempt, result ->> 'text' as text from processing_jobs
-         where status = 'completed' and result ->> 'text' <> id || ' ' || attempt""",
+         where status = 'completed' and result ->> 'engine' = 'scripted' and not exists (
+           select from generate_series(1, attempt) n where result ->> 'text' = id || ' ' || n)""",
+    "completed, and a call is open or a chunk is missing": """
+        select p.id, c.index, c.call_id
+          from processing_jobs p join processing_job_chunks c on c.job_id = p.id
+         where p.status = 'completed' and (c.result is null or c.call_id is not null)""",
     "attempts are missing": """
         select p.id, p.status, p.attempt, attempts
           from processing_jobs p cross join lateral (

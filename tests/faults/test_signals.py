@@ -107,7 +107,10 @@ def test_sigterm_ends_a_worker_whose_jobs_are_locked_by_somebody_else(
     job_id = jobs.insert_one(user, "sleep-0.5")
     worker.says("start")
     with psycopg.connect(db.url) as operator:
-        operator.execute("select from processing_jobs where id = %s for update", (job_id,))
+        operator.execute(
+            "select from procrastinate.procrastinate_jobs where id = %s for update",
+            (jobs.row(job_id)["job_id"],),
+        )
         worker.says("end")
         worker.signal(signal.SIGTERM)
         assert worker.ended(1 + EXIT) == 0

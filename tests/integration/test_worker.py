@@ -21,10 +21,11 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from jobs import worker
+from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
 from jobs.compute.local import LocalCompute
-from jobs.errors import EngineCrashed
 from jobs.models import Transcript, TranscriptionOptions
 from jobs.settings import Settings
+from modal_functions.plan import Plan, Span
 
 pytestmark = pytest.mark.anyio
 
@@ -214,8 +215,8 @@ async def test_a_crash_of_native_code_costs_one_attempt(
     async with running_worker(settings):
         job_id = jobs.submit("sample.mp3")
         await jobs.wait(job_id, "progress > 0")
-        (engine,) = engine_processes()
-        os.kill(engine, signal.SIGSEGV)
+        for engine in engine_processes():
+            os.kill(engine, signal.SIGSEGV)
         crashed = await jobs.wait(job_id, "status = 'queued'")
         assert crashed["error_code"] == "engine_crashed"
         assert "SIGSEGV" in crashed["error"]
@@ -228,8 +229,8 @@ async def test_attempts_are_limited(jobs: Jobs, settings: Settings, sample: Path
     async with running_worker(settings.model_copy(update={"max_attempts": 1})):
         job_id = jobs.submit("sample.mp3")
         await jobs.wait(job_id, "progress > 0")
-        (engine,) = engine_processes()
-        os.kill(engine, signal.SIGKILL)
+        for engine in engine_processes():
+            os.kill(engine, signal.SIGKILL)
         row = await jobs.end(job_id)
     assert (row["status"], row["error_code"]) == ("failed", "engine_crashed")
 
@@ -254,7 +255,7 @@ async def test_a_deleted_job_stops_and_the_next_one_runs(
         conn.execute("delete from processing_jobs where id = %s", (job_id,))
         row = await jobs.end(jobs.submit("clip.wav"))
         assert row["status"] == "completed"
-        assert engine_processes().isdisjoint(before), "the deleted job's engine was stopped"
+        assert before - engine_processes(), "the deleted job's engine was stopped"
     queue = conn.execute(
         "select status::text from procrastinate.procrastinate_jobs"
         " where queue_name = 'transcription' order by id"
@@ -327,12 +328,21 @@ class HostileCompute:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    async def transcribe(
-        self, source: str, options: TranscriptionOptions, on_progress: Callable[[float], None]
-    ) -> Transcript:
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        return type(request).__name__
+
+    async def result(self, call_id: str, on_progress: Callable[[float], None]) -> Outcome:
+        if call_id == Prepare.__name__:
+            return Outcome(Plan("'a.wav'", Path("a.pcm"), (Span(0, 16_000),)).to_dict(), Usage())
         self._act()
         on_progress(1)
-        return Transcript("late", "en", 1.0, (), "test", options.model + source)
+        return Outcome(Transcript("late", "en", 1.0, (), "test", "base").to_dict(), Usage())
+
+    async def cancel(self, call_id: str) -> None:
+        pass
+
+    async def discard(self, key: str) -> None:
+        pass
 
 
 async def test_a_late_writer_loses(
@@ -350,7 +360,7 @@ async def test_a_late_writer_loses(
         stopping.set()
 
     stopping = asyncio.Event()
-    monkeypatch.setattr(worker, "LocalCompute", lambda _: HostileCompute(take_over))
+    monkeypatch.setattr(worker, "make_compute", lambda _: HostileCompute(take_over))
     async with running_worker(settings):
         await stopping.wait()
     row = await jobs.wait(job_id, "true")
@@ -378,7 +388,7 @@ async def test_unexpected_errors_show_no_internals(
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(worker, "LocalCompute", lambda _: HostileCompute(fail))
+    monkeypatch.setattr(worker, "make_compute", lambda _: HostileCompute(fail))
     async with running_worker(settings):
         row = await jobs.wait(jobs.submit("a.wav"), "error is not null")
     assert (row["status"], row["error_code"]) == (status, code)
@@ -392,14 +402,18 @@ async def test_engines_get_no_secret_and_end_with_the_worker(
     monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://x:secret@db/x")
     monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", "secret")
     async with LocalCompute(settings) as compute:
-        await compute.transcribe(str(clip), TranscriptionOptions(), lambda _: None)
-        (engine,) = engine_processes()
-        assert b"secret" not in Path(f"/proc/{engine}/environ").read_bytes()
-        os.kill(engine, signal.SIGKILL)
-        with pytest.raises(EngineCrashed, match="SIGKILL"):
-            await compute.transcribe(str(clip), TranscriptionOptions(), lambda _: None)
-        again = await compute.transcribe(str(clip), TranscriptionOptions(), lambda _: None)
-        assert "lighthouse" in again.text.lower()
+
+        async def outcome(request: Prepare | Transcribe) -> dict[str, Any]:
+            return (await compute.result(await compute.spawn(request), lambda _: None)).value
+
+        prepare = Prepare(str(clip), "clip", preprocessing=False, max_seconds=60)
+        plan = Plan.from_dict(await outcome(prepare))
+        transcribe = Transcribe(str(plan.pcm), plan.spans[0], TranscriptionOptions())
+        assert "lighthouse" in (await outcome(transcribe))["text"].lower()
+        engines = engine_processes()
+        assert len(engines) == 2, "one prepares, one transcribes"
+        for engine in engines:
+            assert b"secret" not in Path(f"/proc/{engine}/environ").read_bytes()
     assert engine_processes() == set()
 
 

@@ -1,0 +1,151 @@
+"""What Postgres knows of a job's calls: which were started, and what they returned."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.types.json import Jsonb
+from psycopg_pool import PoolTimeout
+
+from jobs.backoff import Backoff
+from jobs.compute.base import Outcome
+from jobs.database import Pool
+from jobs.errors import AttemptLost, ResultNotStorable
+from jobs.models import Attempt
+from jobs.sql import CALLS
+from modal_functions.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+STRAY_BATCH = 100
+
+
+@dataclass(slots=True)
+class Call:
+    """The call for one chunk, or with ``index`` ``None`` the one that prepares the audio.
+
+    ``id`` is that of a call to wait for, if one has been started; ``calls`` counts all of them.
+    """
+
+    index: int | None
+    id: str | None = None
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class Chunk(Call):
+    """A chunk's call, and its transcript's ``to_dict()`` once that has been returned."""
+
+    result: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class Known:
+    """What earlier attempts at a job have done. ``chunks`` are the plan's spans, in order."""
+
+    preparation: Call
+    plan: Plan | None
+    chunks: list[Chunk]
+
+
+class CallLog:
+    """Reads and writes for one attempt, and only while that holds its job.
+
+    Whatever is noted here was paid for, so each statement is repeated until the database takes it:
+    bound it by a time-out. All methods raise ``AttemptLost`` once the attempt has lost its job.
+    """
+
+    def __init__(self, pool: Pool, attempt: Attempt) -> None:
+        self._pool = pool
+        self._fence = {"job_id": attempt.job_id, "attempt": attempt.number}
+
+    async def load(self) -> Known:
+        """Return what earlier attempts have done."""
+        held, preparation, chunks = await self._execute("load_calls")
+        self._check(held=held)
+        done = preparation or {"call_id": None, "calls": 0, "plan": None}
+        return Known(
+            Call(None, done["call_id"], done["calls"]),
+            None if done["plan"] is None else Plan.from_dict(done["plan"]),
+            [Chunk(c["index"], c["call_id"], c["calls"], c["result"]) for c in chunks or ()],
+        )
+
+    async def note_call(self, call: Call, call_id: str) -> None:
+        """Note a call that has been started, before anybody waits for it."""
+        await self._write("note_call", chunk=call.index, call_id=call_id)
+        call.id, call.calls = call_id, call.calls + 1
+
+    async def forget_call(self, call: Call) -> None:
+        """Note that a call will never return anything."""
+        await self._write("forget_call", chunk=call.index, call_id=call.id)
+        call.id = None
+
+    async def store_plan(self, outcome: Outcome) -> Known:
+        """Store what the preparation returned, and return the chunks that are now there."""
+        await self._write("store_plan", plan=Jsonb(outcome.value), **_usage(outcome))
+        return await self.load()
+
+    async def forget_plan(self) -> None:
+        """Note that the decoded audio is gone."""
+        await self._write("forget_plan")
+
+    async def store_chunk(self, chunk: Chunk, outcome: Outcome) -> None:
+        """Store a chunk's transcript. Raises ``ResultNotStorable``."""
+        await self._write(
+            "store_chunk", chunk=chunk.index, result=Jsonb(outcome.value), **_usage(outcome)
+        )
+        chunk.id, chunk.result = None, outcome.value
+
+    async def note_usage(self, gpu_second_price: float, cpu_second_price: float) -> None:
+        """Add up on the job's row what its calls took."""
+        await self._write(
+            "note_usage", gpu_second_price=gpu_second_price, cpu_second_price=cpu_second_price
+        )
+
+    async def _write(self, query: str, **values: Any) -> None:
+        (held,) = await self._execute(query, **values)
+        self._check(held=held)
+
+    @staticmethod
+    def _check(*, held: bool) -> None:
+        if not held:
+            raise AttemptLost
+
+    async def _execute(self, query: str, **values: Any) -> tuple[Any, ...]:
+        backoff = Backoff()
+        while True:
+            try:
+                async with self._pool.connection() as conn:
+                    cursor = await conn.execute(CALLS[query], {**self._fence, **values})
+                    row = await cursor.fetchone()
+            except (psycopg.OperationalError, psycopg.InternalError, PoolTimeout) as exc:
+                logger.warning("%s is tried again: %s", query, exc)
+                await backoff.sleep()
+            except psycopg.DataError as exc:
+                raise ResultNotStorable from exc
+            else:
+                assert row is not None
+                return row
+
+
+def _usage(outcome: Outcome) -> dict[str, float]:
+    usage = outcome.usage
+    return {"cpu_seconds": usage.cpu_seconds, "gpu_seconds": usage.gpu_seconds}
+
+
+async def stray_calls(pool: Pool) -> list[str]:
+    """Return calls that nobody waits for any more: their jobs have ended or are gone."""
+    async with pool.connection() as conn:
+        cursor = await conn.execute(CALLS["stray_calls"], {"batch": STRAY_BATCH})
+        row = await cursor.fetchone()
+    assert row is not None
+    calls: list[str] = row[0]
+    return calls
+
+
+async def forget_stray_calls(pool: Pool, calls: Sequence[str]) -> None:
+    """Note that these calls have been cancelled."""
+    async with pool.connection() as conn:
+        await conn.execute(CALLS["forget_stray_calls"], {"calls": list(calls)})

@@ -1,0 +1,193 @@
+"""Calls to the functions that ``pgscribe deploy`` has put on Modal.
+
+The client retries by itself, and has no deadline that holds (in a black hole ``get(timeout=5)``
+takes 39 s), so every request here has one of ours. What its errors say of a call is in ``_LOST``,
+``_AWAY`` and ``_REFUSED``; docs/decisions/0003-calls.md says how that was found out.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import modal
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+from modal import exception
+from modal.config import config
+
+from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe
+from jobs.errors import (
+    CallLost,
+    ComputeUnavailable,
+    EngineCrashed,
+    SettingsError,
+    TranscriptionFailed,
+)
+from jobs.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+APP = "audio-processing"
+PREPARE = "prepare_audio"
+DISCARD = "discard_audio"
+MODEL = "SpeechModel"
+
+REQUEST_TIMEOUT = 30.0  # seconds for anything but waiting
+POLL = 50.0  # seconds that a request waits for a result; the client's own are 55 s long
+LATE = 20.0  # seconds that its answer may be late
+
+# The call is over, and its result is nowhere. RemoteError is all that the client says of a
+# container that was cancelled, evicted or never started: our own database knows whether the job is
+# still to be done, and how often it was tried.
+_LOST = (
+    exception.OutputExpiredError,
+    exception.NotFoundError,
+    exception.InternalFailure,
+    exception.FunctionTimeoutError,
+    exception.RemoteError,
+    exception.ExecutionError,
+    exception.DeserializationError,
+)
+# Nobody answers, or says so only for now; the call may well be running.
+_AWAY = (
+    exception.ServiceError,
+    exception.InternalError,
+    exception.ResourceExhaustedError,
+    exception.ConnectionError,
+    exception.ClientClosed,
+    StreamTerminatedError,
+    GRPCError,
+    OSError,
+    TimeoutError,
+)
+_REFUSED = (
+    exception.AuthError,
+    exception.PermissionDeniedError,
+    exception.InvalidError,
+    exception.ConflictError,
+    exception.VersionError,
+)
+
+
+def token() -> tuple[str, str]:
+    """Return the token that Modal's own configuration names. Raises ``SettingsError``."""
+    token_id, token_secret = config.get("token_id"), config.get("token_secret")
+    if not (token_id and token_secret):
+        raise SettingsError(
+            "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: needed to call Modal; set them, or run "
+            "`modal token new`, which writes them to ~/.modal.toml"
+        )
+    return token_id, token_secret
+
+
+class ModalCompute:
+    """Calls functions on Modal.
+
+    It has two connections: a server lets each have only so many requests open, and those that
+    wait for results must not hold up those that start and cancel calls.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._engine = settings.engine
+        self._token = token()
+        self._client: modal.Client | None = None
+        self._waiting_client: modal.Client | None = None
+
+    async def __aenter__(self) -> Self:
+        """Make the clients. They connect with the first call, which shows what is wrong."""
+        self._client = await modal.Client.from_credentials.aio(*self._token)
+        self._waiting_client = await modal.Client.from_credentials.aio(*self._token)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Close the connections; what was called goes on."""
+        for client in (self._client, self._waiting_client):
+            if client is not None:
+                await client.close.aio()
+
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        """Start a call; see ``Compute``."""
+        with _explained():
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                call = await self._start(request)
+        call_id: str = call.object_id
+        return call_id
+
+    async def _start(self, request: Prepare | Transcribe) -> Any:
+        if isinstance(request, Prepare):
+            prepare = modal.Function.from_name(APP, PREPARE, client=self._client)
+            return await prepare.spawn.aio(
+                source=request.source,
+                key=request.key,
+                preprocessing=request.preprocessing,
+                max_seconds=request.max_seconds,
+            )
+        model = modal.Cls.from_name(APP, MODEL, client=self._client)(
+            engine=self._engine, model=request.options.model
+        )
+        return await model.transcribe.spawn.aio(
+            pcm=request.pcm,
+            start=request.span.start,
+            end=request.span.end,
+            options=request.options.to_dict(),
+        )
+
+    async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:  # noqa: ARG002
+        """Wait for a call's end; see ``Compute``. Modal reports no progress."""
+        call = modal.FunctionCall.from_id(call_id, client=self._waiting_client)
+        while True:
+            with _explained(lost=call_id):
+                async with asyncio.timeout(POLL + LATE):
+                    try:
+                        answer = await call.get.aio(timeout=POLL)
+                    except TimeoutError:  # of the poll; our own deadline comes as a cancellation
+                        continue
+            return Outcome.from_answer(answer)
+
+    async def cancel(self, call_id: str) -> None:
+        """Stop a call; see ``Compute``."""
+        call = modal.FunctionCall.from_id(call_id, client=self._client)
+        try:
+            with _explained(lost=call_id):
+                async with asyncio.timeout(REQUEST_TIMEOUT):
+                    await call.cancel.aio()
+        except CallLost:
+            pass  # nothing is left to be cancelled
+
+    async def discard(self, key: str) -> None:
+        """Delete a decoded file; see ``Compute``. Nobody waits for that."""
+        discard = modal.Function.from_name(APP, DISCARD, client=self._client)
+        with _explained():
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                await discard.spawn.aio(key=key)
+
+
+@contextmanager
+def _explained(lost: str | None = None) -> Iterator[None]:
+    """Turn what the client raises into what it says of the call; ``lost`` is the call's id."""
+    try:
+        yield
+    except _REFUSED as exc:
+        logger.exception("Modal refuses a request")
+        raise TranscriptionFailed(
+            "compute_refused",
+            f"Modal refuses to run this ({type(exc).__name__}); the worker's log says why.",
+            retryable=False,
+        ) from exc
+    except _LOST as exc:
+        if lost is None:
+            raise ComputeUnavailable(
+                f"Modal has no app {APP} with what is called ({type(exc).__name__}); "
+                "run `pgscribe deploy`."
+            ) from exc
+        logger.warning("Call %s returns nothing: %s: %s", lost, type(exc).__name__, exc)
+        raise CallLost from exc
+    except _AWAY as exc:
+        raise ComputeUnavailable(f"Modal does not answer ({type(exc).__name__})") from exc
+    except Exception as exc:
+        logger.exception("Call %s failed unexpectedly", lost)
+        raise EngineCrashed(
+            f"The function on Modal failed unexpectedly ({type(exc).__name__}); the worker's log "
+            "and Modal's say more."
+        ) from exc

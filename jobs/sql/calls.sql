@@ -1,0 +1,30 @@
+-- What an attempt notes of the calls that it makes. The functions are pgscribe's, in db/migrations; each
+-- returns false where the attempt no longer holds its job, and has then done nothing.
+
+-- load_calls --
+select held, preparation, chunks from pgscribe.load_calls(%(job_id)s, %(attempt)s)
+
+-- note_call --
+select pgscribe.note_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
+
+-- forget_call --
+select pgscribe.forget_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
+
+-- store_plan --
+select pgscribe.store_plan(%(job_id)s, %(attempt)s, %(plan)s, %(cpu_seconds)s, %(gpu_seconds)s)
+
+-- forget_plan --
+select pgscribe.forget_plan(%(job_id)s, %(attempt)s)
+
+-- store_chunk --
+select pgscribe.store_chunk(
+  %(job_id)s, %(attempt)s, %(chunk)s, %(result)s, %(cpu_seconds)s, %(gpu_seconds)s)
+
+-- note_usage --
+select pgscribe.note_usage(%(job_id)s, %(attempt)s, %(gpu_second_price)s, %(cpu_second_price)s)
+
+-- stray_calls --
+select pgscribe.stray_calls(%(batch)s)
+
+-- forget_stray_calls --
+select pgscribe.forget_stray_calls(%(calls)s)

@@ -1,0 +1,183 @@
+"""Calls to Modal, over its real protocol, while workers are killed: each is paid for once."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import click
+import psycopg
+import pytest
+
+from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs, until
+from tests.local_modal.server import Address, ServerProcess
+from tests.local_modal.settings import Settings
+
+TRANSCRIBE = "SpeechModel.transcribe"
+CHUNKS = 20
+NOTE_ALL = """
+    create table noted (call_id text primary key, job_id uuid, index integer);
+    create function note() returns trigger language plpgsql security definer as $$ begin
+      insert into public.noted values (new.call_id, new.job_id, new.index); return null; end $$;
+    create trigger note after update on processing_job_chunks for each row
+      when (new.call_id is distinct from old.call_id and new.call_id is not null)
+      execute function note()"""
+
+
+@pytest.fixture(scope="module")
+def modal_server() -> Iterator[Address]:
+    with ServerProcess.started(Settings(apps=("tests.faults.speech_app:app",))) as server:
+        yield server
+
+
+@pytest.fixture
+def cloud(modal_server: Address, monkeypatch: pytest.MonkeyPatch, db: Database) -> Iterator[Any]:
+    """What workers call; ``noted`` has all ids of calls that have ever been in the database."""
+    for name, value in modal_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGSCRIBE_COMPUTE", "modal")
+    with psycopg.connect(db.url) as conn:
+        conn.execute(NOTE_ALL)
+    yield modal_server.control
+    modal_server.control.reset()
+
+
+def completed_text(chunks: int = CHUNKS) -> str:
+    return " ".join(f"chunk {n}" for n in range(chunks))
+
+
+def test_a_job_runs_on_modal(fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any) -> None:
+    fleet.start()
+    row = jobs.end(jobs.insert_one(user, f"chunks-{CHUNKS}"))
+    assert (row["status"], row["result"]["text"]) == ("completed", completed_text())
+    assert row["usage"]["calls"] == 1 + CHUNKS
+    assert row["usage"]["gpu_seconds"] == pytest.approx(0.3 * CHUNKS)
+    assert len(cloud.events("started", function=TRANSCRIBE)) == CHUNKS
+
+
+@pytest.mark.parametrize(
+    ("kills", "at_a_time", "seed"),
+    [(4, 3, 1), *(pytest.param(15, 1, seed, marks=pytest.mark.slow) for seed in (2, 3))],
+)
+def test_whenever_a_worker_is_killed_each_chunk_is_transcribed_once(
+    fleet: Fleet,
+    jobs: Jobs,
+    user: UUID,
+    cloud: Any,
+    db: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    kills: int,
+    at_a_time: int,
+    seed: int,
+) -> None:
+    """Twice only where it was killed between Modal's answer and the commit of the call's id."""
+    monkeypatch.setenv("PGSCRIBE_MAX_CHUNKS_PER_JOB", str(at_a_time))  # so that work is left
+    chance = random.Random(seed)
+    job_id = jobs.insert_one(user, f"chunks-{CHUNKS}", max_attempts=20)
+    killed = 0
+    for _ in range(kills):
+        worker = fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT)
+        until(lambda w=worker: w.said("start") or ended(jobs, job_id), "the job is claimed")  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.7))
+        if ended(jobs, job_id):
+            break
+        worker.kill()
+        killed += 1
+    fleet.start(stall_timeout=SHORT_STALL_TIMEOUT)
+    row = jobs.end(job_id)
+    assert (row["status"], row["result"]["text"]) == ("completed", completed_text())
+    assert row["attempt"] == killed + 1
+    assert killed >= 3
+
+    noted = {r["call_id"]: r["index"] for r in db.rows("select * from noted")}
+    assert Counter(noted.values()) == dict.fromkeys(range(CHUNKS), 1), "each chunk, one call"
+    started = [event["call_id"] for event in cloud.events("started", function=TRANSCRIBE)]
+    assert max(Counter(started).values()) == 1
+    unknown = set(started) - set(noted)
+    click.echo(f"{killed} kills; of {len(started)} calls {len(unknown)} are in the window")
+    assert len(unknown) <= killed
+    assert set(noted) <= set(started)
+
+
+def test_a_worker_killed_in_the_window_pays_for_that_chunk_twice(
+    fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, db: Database
+) -> None:
+    """Modal has taken the call, and its id is not in the database yet: docs/decisions/0003."""
+    job_id = jobs.insert_one(user, "chunks-4")
+    fleet.start(kill_at="before the call is noted", stall_timeout=SHORT_STALL_TIMEOUT).ended()
+    fleet.start(stall_timeout=SHORT_STALL_TIMEOUT)
+    row = jobs.end(job_id)
+    assert (row["status"], row["result"]["text"]) == ("completed", completed_text(4))
+    noted = [r["index"] for r in db.rows("select * from noted order by index")]
+    assert noted == [0, 1, 2, 3]
+    spawned = cloud.events("spawned", function=TRANSCRIBE)
+    assert 5 <= len(spawned) <= 8, "what was started before it was killed"
+
+
+def ended(jobs: Jobs, job_id: UUID) -> bool:
+    return jobs.row(job_id)["completed_at"] is not None
+
+
+def test_a_cancelled_job_reaches_every_call(
+    fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, db: Database, settled: Callable[[], None]
+) -> None:
+    worker = fleet.start_ready()
+    jobs.end(jobs.insert_one(user, "chunks-1"))  # its container is warm
+    cloud.reset()
+    job_id = jobs.insert_one(user, "chunks-15")
+    worker.says("start", 2)
+    until(
+        lambda: (
+            db.value("select count(*) from processing_job_chunks where status = 'processing'") == 15
+        ),
+        "all calls are noted",
+    )
+    cancelled_at = time.monotonic()
+    db.value("select cancel_processing_job(%s) is null", job_id)
+    assert jobs.end(job_id)["status"] == "cancelled"
+    assert time.monotonic() - cancelled_at < 2
+    noted = {r["call_id"] for r in db.rows("select * from noted where job_id = %s", job_id)}
+    cancelled = {event["call_id"] for event in cloud.wait("cancelled", len(noted) - 2)}
+    finished = {event["call_id"] for event in cloud.events("finished", function=TRANSCRIBE)}
+    assert noted <= cancelled | finished
+    assert len(finished) < 15, "it stopped before it was done"
+    settled()
+
+
+def test_calls_go_on_while_modal_is_out_of_reach(
+    fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, db: Database
+) -> None:
+    worker = fleet.start_ready()
+    job_id = jobs.insert_one(user, f"chunks-{CHUNKS}")
+    worker.says("start")
+    cloud.wait("started", 2, function=TRANSCRIBE)
+    for fault in (cloud.cut, cloud.refuse):
+        fault()
+        time.sleep(0.5)
+        cloud.heal()
+    row = jobs.end(job_id)
+    assert (row["status"], row["attempt"]) == ("completed", 1)
+    assert row["result"]["text"] == completed_text()
+    started = Counter(event["call_id"] for event in cloud.events("started", function=TRANSCRIBE))
+    noted = {r["call_id"] for r in db.rows("select * from noted")}
+    assert max(started.values()) == 1
+    assert len(noted) == CHUNKS
+
+
+@pytest.mark.parametrize("fault", ["preempt", "lose", "INTERNAL_FAILURE", "INIT_FAILURE"])
+def test_what_happens_to_a_call_at_modal_costs_no_attempt(
+    fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, fault: str
+) -> None:
+    worker = fleet.start_ready()
+    job_id = jobs.insert_one(user, "chunks-4")
+    worker.says("start")
+    call_id = cloud.wait("started", function=TRANSCRIBE)[0]["call_id"]
+    if fault in {"preempt", "lose"}:
+        getattr(cloud, fault)(call_id)
+    else:
+        cloud.end(call_id, fault)
+    row = jobs.end(job_id)
+    assert (row["status"], row["attempt"]) == ("completed", 1)
+    assert row["usage"]["calls"] == 5 + (fault != "preempt")

@@ -1,0 +1,563 @@
+"""An attempt at a job: calls are noted before they are waited for, and paid for once.
+
+The compute side is scripted, so that each failure comes at a known moment; the database is real.
+"""
+
+import asyncio
+import functools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from jobs import database
+from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe, Usage
+from jobs.database import Pool
+from jobs.errors import (
+    AttemptLost,
+    CallLost,
+    CallTimeout,
+    ComputeUnavailable,
+    JobTimeout,
+    PgscribeError,
+    ResultNotStorable,
+    TranscriptionFailed,
+)
+from jobs.models import Attempt, Segment, Transcript
+from jobs.queue import ClaimedJob, Queue
+from jobs.settings import Settings
+from jobs.transcription import Limits, Transcriber, cancel_stray_calls
+from modal_functions.plan import SAMPLE_RATE, Plan, Span
+
+pytestmark = pytest.mark.anyio
+
+CHUNKS = 4
+LIMITS = Limits(
+    attempt=60,
+    call=60,
+    patience=60,
+    audio_seconds=3600,
+    chunks_per_job=20,
+    calls=1000,
+    gpu_second_price=2.0,
+    cpu_second_price=1.0,
+)
+
+
+def plan(lengths: tuple[int, ...] = (10,) * CHUNKS) -> Plan:
+    ends = [sum(lengths[: n + 1]) * SAMPLE_RATE for n in range(len(lengths))]
+    spans = [Span(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return Plan("'a.mp3'", Path("/audio/key.pcm"), tuple(spans))
+
+
+def spoken(span: Span) -> Transcript:
+    text = f"from {span.start // SAMPLE_RATE}"
+    return Transcript(text, "en", 10.0, (Segment(0, 10, text, 0, 0, 1),), "scripted", "base")
+
+
+class Cloud:
+    """Calls that run on whatever becomes of the workers: each once, when it is let go on."""
+
+    def __init__(self) -> None:
+        self.plan = plan()
+        self.requests: dict[str, Prepare | Transcribe] = {}
+        self.lost: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.discarded: list[str] = []
+        self.errors: dict[int, list[Exception]] = {}  # by chunk, raised in this order
+        self.away = 0  # how many of the next requests get no answer
+        self.spawned = asyncio.Event()
+        self.held: set[int] = set()  # chunks that take for ever
+        self.let_go = asyncio.Event()
+        self.waited_for: Counter[str] = Counter()
+        self.at_a_time = 0
+        self.most_at_a_time = 0
+
+    def calls(self, chunk: int) -> list[str]:
+        return [
+            call_id
+            for call_id, request in self.requests.items()
+            if isinstance(request, Transcribe) and request.span == self.plan.spans[chunk]
+        ]
+
+    @property
+    def preparations(self) -> int:
+        return sum(isinstance(request, Prepare) for request in self.requests.values())
+
+    def _answer(self) -> None:
+        if self.away > 0:
+            self.away -= 1
+            raise ComputeUnavailable
+
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        self._answer()
+        call_id = f"call-{len(self.requests)}"
+        self.requests[call_id] = request
+        if isinstance(request, Transcribe):
+            self.spawned.set()
+        return call_id
+
+    async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:
+        self.waited_for[call_id] += 1
+        self._answer()
+        if call_id in self.lost | self.cancelled:
+            raise CallLost
+        request = self.requests[call_id]
+        if isinstance(request, Prepare):
+            return Outcome(self.plan.to_dict(), Usage(cpu_seconds=3.0))
+        self.at_a_time += 1
+        self.most_at_a_time = max(self.at_a_time, self.most_at_a_time)
+        try:
+            return await self._transcribe(request, on_progress)
+        finally:
+            self.at_a_time -= 1
+
+    async def _transcribe(self, request: Transcribe, on_progress: OnProgress) -> Outcome:
+        chunk = self.plan.spans.index(request.span)
+        await asyncio.sleep(0.01)
+        if chunk in self.held:
+            on_progress(0.5)
+            await self.let_go.wait()
+        if errors := self.errors.get(chunk):
+            raise errors.pop(0)
+        return Outcome(spoken(request.span).to_dict(), Usage(gpu_seconds=2.0))
+
+    async def cancel(self, call_id: str) -> None:
+        self._answer()
+        self.cancelled.add(call_id)
+
+    async def discard(self, key: str) -> None:
+        self.discarded.append(key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+class Bucket:
+    """Every file is there; each is located anew, as signed URLs expire."""
+
+    def __init__(self) -> None:
+        self.located = 0
+
+    async def locate(self, file_path: str) -> str:
+        self.located += 1
+        return f"https://storage/{file_path}?signature={self.located}"
+
+    async def save(self, file_path: str, chunks: object) -> int:
+        raise NotImplementedError
+
+    async def delete(self, file_path: str) -> bool:
+        raise NotImplementedError
+
+
+@dataclass
+class Case:
+    """One job, and what it takes to make attempts at it."""
+
+    conn: psycopg.Connection
+    pool: Pool
+    queue: Queue
+    job_id: UUID
+    limits: Limits = LIMITS
+    cloud: Cloud = field(default_factory=Cloud)
+    bucket: Bucket = field(default_factory=Bucket)
+    is_cancelled: bool = False
+    claimed: ClaimedJob | None = None
+
+    async def claim(self) -> Attempt:
+        """Claim the job as a new worker does."""
+        worker = await self.queue.register()
+        (self.claimed,) = (await self.queue.turn(worker, [], 1, None)).jobs
+        assert self.claimed.attempt is not None
+        return self.claimed.attempt
+
+    async def lose(self) -> None:
+        """Give the job back, as a sweep does."""
+        self.conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'todo', worker_id = null,"
+            " attempts = attempts + 1 where status = 'doing'"
+        )
+
+    async def run(self, attempt: Attempt | None = None) -> Transcript:
+        transcriber = Transcriber(self.pool, self.bucket, self.cloud, self.limits)
+        return await transcriber.run(
+            attempt or await self.claim(), is_cancelled=lambda: self.is_cancelled
+        )
+
+    def start(self, attempt: Attempt) -> "asyncio.Task[Transcript]":
+        return asyncio.create_task(self.run(attempt))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 - what the database says has no event
+                await asyncio.sleep(0.01)
+
+    def chunks(self) -> list[dict[str, Any]]:
+        with self.conn.cursor(row_factory=dict_row) as cursor:
+            query = "select * from processing_job_chunks where job_id = %s order by index"
+            return cursor.execute(query, (self.job_id,)).fetchall()
+
+    def row(self) -> dict[str, Any]:
+        with self.conn.cursor(row_factory=dict_row) as cursor:
+            query = "select * from processing_jobs where id = %s"
+            row = cursor.execute(query, (self.job_id,)).fetchone()
+        assert row is not None
+        return row
+
+    def partial(self) -> tuple[Any, ...]:
+        row = self.conn.execute(
+            "select ready, chunks, text from partial_transcript(%s)", (self.job_id,)
+        ).fetchone()
+        assert row is not None
+        return row
+
+
+@pytest.fixture
+async def case(conn: psycopg.Connection, settings: Settings, user: UUID) -> AsyncIterator[Case]:
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, 'u/a.mp3') returning id",
+        (user,),
+    ).fetchone()
+    assert row is not None
+    queue = Queue(
+        functools.partial(database.connect, settings, name="test"), max_attempts=9, stall_timeout=30
+    )
+    async with database.make_pool(settings, name="test") as pool:
+        yield Case(conn, pool, queue, row[0])
+    await queue.close()
+
+
+TEXT = "from 0 from 10 from 20 from 30"
+
+
+async def test_chunks_become_one_transcript(case: Case) -> None:
+    transcript = await case.run()
+    assert (transcript.text, transcript.duration) == (TEXT, 40.0)
+    assert [segment.start for segment in transcript.segments] == [0, 10, 20, 30]
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
+    assert case.cloud.discarded == [str(case.job_id)]
+    row = case.row()
+    assert row["audio_seconds"] == 40
+    assert row["usage"] == {
+        "calls": 5,
+        "gpu_seconds": 8.0,
+        "cpu_seconds": 3.0,
+        "estimated_cost": 19.0,
+    }
+
+
+async def test_a_new_attempt_waits_for_the_calls_of_the_last_one(case: Case) -> None:
+    case.cloud.held = {1, 3}
+    first = case.start(await case.claim())
+    await case.until(lambda: [c["status"] for c in case.chunks()].count("completed") == 2)
+    await case.lose()
+    second = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == 4)
+    case.cloud.let_go.set()
+    assert (await second).text == TEXT
+    with pytest.raises(AttemptLost):
+        await first
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
+    assert case.cloud.preparations == 1
+    waited = [case.cloud.waited_for[case.cloud.calls(n)[0]] for n in range(CHUNKS)]
+    assert waited == [1, 2, 1, 2], "chunks that are done are not asked for again"
+
+
+async def test_a_call_is_noted_before_it_is_waited_for(case: Case) -> None:
+    noted: list[bool] = []
+    result = case.cloud.result
+
+    async def checked(call_id: str, on_progress: OnProgress) -> Outcome:
+        query = (
+            "select exists (select from pgscribe.preparations where call_id = %(id)s"
+            " union all select from processing_job_chunks where call_id = %(id)s)"
+        )
+        row = case.conn.execute(query, {"id": call_id}).fetchone()
+        noted.append(row == (True,))
+        return await result(call_id, on_progress)
+
+    case.cloud.result = checked  # type: ignore[method-assign]
+    await case.run()
+    assert noted == [True] * 5
+
+
+async def test_a_lost_call_is_started_again_and_counted(case: Case) -> None:
+    case.cloud.errors = {2: [CallLost(), CallLost()]}
+    assert (await case.run()).text == TEXT
+    assert len(case.cloud.calls(2)) == 3
+    assert [chunk["calls"] for chunk in case.chunks()] == [1, 1, 3, 1]
+
+
+async def test_a_call_that_is_always_lost_ends_the_attempt(case: Case) -> None:
+    case.cloud.errors = {2: [CallLost() for _ in range(20)]}
+    with pytest.raises(CallLost) as caught:
+        await case.run()
+    assert caught.value.retryable
+    assert len(case.cloud.calls(2)) == 4
+
+
+async def test_a_compute_side_that_is_away_is_asked_again_for_the_same_call(case: Case) -> None:
+    case.cloud.away = 3
+    case.cloud.errors = {1: [ComputeUnavailable(), ComputeUnavailable()]}
+    assert (await case.run()).text == TEXT
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
+
+
+async def test_without_patience_the_attempt_ends_and_its_calls_go_on(case: Case) -> None:
+    case.limits = Limits(**{**_fields(LIMITS), "patience": 0})
+    case.cloud.errors = {1: [ComputeUnavailable()]}
+    with pytest.raises(ComputeUnavailable):
+        await case.run()
+    assert case.cloud.cancelled == set()
+    await case.lose()
+    assert (await case.run()).text == TEXT
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
+
+
+def _fields(limits: Limits) -> dict[str, Any]:
+    return {name: getattr(limits, name) for name in limits.__slots__}
+
+
+async def test_an_error_of_the_recording_ends_the_job_and_its_other_calls(case: Case) -> None:
+    case.cloud.held = {0, 1, 2}
+    case.cloud.errors = {3: [TranscriptionFailed("no_speech", "Silent.", retryable=False)]}
+    with pytest.raises(TranscriptionFailed, match="Silent"):
+        await case.run()
+    assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(3)}
+
+
+async def test_after_an_error_to_retry_the_other_calls_go_on(case: Case) -> None:
+    case.cloud.held = {0}
+    error = TranscriptionFailed("internal_error", "Broken.", retryable=True)
+    case.cloud.errors = {3: [error]}
+    with pytest.raises(TranscriptionFailed, match="Broken"):
+        await case.run()
+    assert case.cloud.cancelled == set()
+    case.cloud.let_go.set()
+    await case.lose()
+    assert (await case.run()).text == TEXT
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1, 1, 1, 2]
+
+
+async def test_a_cancelled_job_cancels_its_calls(case: Case) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    running = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    case.is_cancelled = True
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(CHUNKS)}
+
+
+async def test_a_stopping_worker_leaves_its_calls_to_the_next_one(case: Case) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    running = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert case.cloud.cancelled == set()
+    case.cloud.let_go.set()
+    await case.lose()
+    assert (await case.run()).text == TEXT
+    assert len(case.cloud.requests) == 1 + CHUNKS
+
+
+async def test_a_worker_that_stops_while_it_starts_a_call_notes_it(case: Case) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    spawn = case.cloud.spawn
+
+    async def slow(request: Prepare | Transcribe) -> str:
+        call_id = await spawn(request)
+        await asyncio.sleep(0.3)
+        return call_id
+
+    case.cloud.spawn = slow  # type: ignore[method-assign]
+    running = case.start(await case.claim())
+    await case.cloud.spawned.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [chunk["status"] for chunk in case.chunks()] == ["processing"] * CHUNKS
+
+
+async def test_a_call_started_by_an_attempt_that_has_lost_its_job_is_cancelled(case: Case) -> None:
+    attempt = await case.claim()
+    case.cloud.held = {0, 1, 2, 3}
+    spawn = case.cloud.spawn
+
+    async def spawn_and_lose(request: Prepare | Transcribe) -> str:
+        if isinstance(request, Transcribe) and not case.cloud.spawned.is_set():
+            await case.lose()
+        return await spawn(request)
+
+    case.cloud.spawn = spawn_and_lose  # type: ignore[method-assign]
+    with pytest.raises(AttemptLost):
+        await case.run(attempt)
+    assert {call_id for n in range(CHUNKS) for call_id in case.cloud.calls(n)} == (
+        case.cloud.cancelled
+    )
+    assert [chunk["call_id"] for chunk in case.chunks()] == [None] * CHUNKS
+
+
+async def test_an_attempt_that_takes_too_long_fails_and_cancels_its_calls(case: Case) -> None:
+    case.limits = Limits(**{**_fields(LIMITS), "attempt": 0.5})
+    case.cloud.held = {1}
+    with pytest.raises(JobTimeout, match="PGSCRIBE_JOB_TIMEOUT"):
+        await case.run()
+    assert case.cloud.cancelled == set(case.cloud.calls(1))
+
+
+async def test_a_call_that_takes_too_long_is_cancelled_and_started_anew_next_time(
+    case: Case,
+) -> None:
+    case.limits = Limits(**{**_fields(LIMITS), "call": 0.3})
+    case.cloud.held = {1}
+    with pytest.raises(CallTimeout) as caught:
+        await case.run()
+    assert caught.value.retryable
+    assert case.cloud.cancelled == set(case.cloud.calls(1))
+    case.cloud.let_go.set()
+    await case.lose()
+    assert (await case.run()).text == TEXT
+    assert len(case.cloud.calls(1)) == 2
+
+
+async def test_no_more_chunks_run_at_a_time_than_the_job_may(case: Case) -> None:
+    case.limits = Limits(**{**_fields(LIMITS), "chunks_per_job": 2})
+    await case.run()
+    assert case.cloud.most_at_a_time == 2
+
+
+async def test_no_more_calls_run_at_a_time_than_the_worker_may(case: Case) -> None:
+    case.limits = Limits(**{**_fields(LIMITS), "calls": 1})
+    await case.run()
+    assert case.cloud.most_at_a_time == 1
+
+
+async def test_audio_that_is_gone_is_prepared_again_and_done_chunks_stay(case: Case) -> None:
+    case.cloud.errors = {3: [TranscriptionFailed("prepared_audio_gone", "Gone.", retryable=True)]}
+    assert (await case.run()).text == TEXT
+    assert case.cloud.preparations == 2
+    assert case.bucket.located == 2, "a signed URL is used once"
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)][3] == 2
+
+
+async def test_chunks_with_other_spans_do_not_survive_another_plan(case: Case) -> None:
+    case.cloud.errors = {3: [TranscriptionFailed("no", "No.", retryable=True)]}
+    with pytest.raises(TranscriptionFailed):
+        await case.run()
+    case.conn.execute("update pgscribe.preparations set plan = null")
+    case.cloud.plan = plan((10, 10, 5, 15))
+    await case.lose()
+    assert (await case.run()).text == "from 0 from 10 from 20 from 25"
+    assert [chunk["end_seconds"] for chunk in case.chunks()] == [10, 20, 25, 40]
+
+
+async def test_text_can_be_read_in_order_while_the_job_runs(case: Case) -> None:
+    case.cloud.held = {1}
+    with psycopg.connect(
+        case.conn.info.dsn, password=case.conn.info.password, autocommit=True
+    ) as listener:
+        listener.execute("listen pgscribe_chunks")
+        running = case.start(await case.claim())
+        await case.until(lambda: [c["status"] for c in case.chunks()].count("completed") == 3)
+        assert case.partial() == (1, 4, "from 0")
+        await case.until(lambda: case.row()["progress"] > 0.8)
+        assert case.row()["progress"] == pytest.approx(3.5 / 4)
+        case.cloud.let_go.set()
+        await running
+        assert case.partial() == (4, 4, TEXT)
+        heard = [n.payload for n in listener.notifies(timeout=5, stop_after=2)]
+    assert [f'"ready" : {ready}}}' in payload for ready, payload in zip((1, 4), heard, strict=True)]
+
+
+async def test_owners_read_their_chunks_without_the_ids_of_calls(
+    case: Case, make_user: Callable[[], UUID]
+) -> None:
+    await case.run()
+    owner = case.row()["user_id"]
+    for user, visible in ((owner, CHUNKS), (make_user(), 0)):
+        with case.conn.transaction():
+            case.conn.execute("set local role authenticated")
+            case.conn.execute(
+                "select set_config('request.jwt.claims',"
+                " json_build_object('sub', %s::text)::text, true)",
+                (str(user),),
+            )
+            row = case.conn.execute("select count(*) from processing_job_chunks").fetchone()
+            assert row == (visible,)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), case.conn.transaction():
+                case.conn.execute("select call_id from processing_job_chunks")
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), case.conn.transaction():
+                case.conn.execute("update processing_job_chunks set result = '{}'")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+async def test_a_transcript_that_postgres_cannot_store_fails_the_job(
+    case: Case, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = Transcript(text, "en", 10.0, (), "scripted", "base")
+    monkeypatch.setitem(globals(), "spoken", lambda _: bad)
+    with pytest.raises(ResultNotStorable) as caught:
+        await case.run()
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deleted"])
+async def test_calls_of_jobs_that_end_without_their_worker_are_cancelled(
+    case: Case, how: str
+) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    running = case.start(await case.claim())
+    await case.until(lambda: [c["status"] for c in case.chunks()] == ["processing"] * CHUNKS)
+    running.cancel()  # its worker is killed
+    await asyncio.gather(running, return_exceptions=True)
+    assert await cancel_stray_calls(case.pool, case.cloud) == 0, "the job is still to be done"
+    if how == "deleted":
+        case.conn.execute("delete from processing_jobs")
+    else:
+        case.conn.execute("update procrastinate.procrastinate_jobs set status = 'aborted'")
+    case.cloud.away = 2
+    assert await cancel_stray_calls(case.pool, case.cloud) == 2
+    assert await cancel_stray_calls(case.pool, case.cloud) == 2, "what failed is tried again"
+    assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(CHUNKS)}
+    assert await cancel_stray_calls(case.pool, case.cloud) == 0
+
+
+async def test_what_was_paid_for_is_kept_while_the_database_is_away(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections break off at each statement's first try; none of the calls is made twice."""
+    execute = psycopg.AsyncConnection.execute
+    failed: set[bytes] = set()
+
+    async def flaky(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(query, bytes) and b"pgscribe." in query and query not in failed:
+            failed.add(query)
+            await self.close()
+        return await execute(self, query, *arguments, **options)
+
+    attempt = await case.claim()
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", flaky)
+    assert (await case.run(attempt)).text == TEXT
+    assert len(failed) >= 5
+    assert len(case.cloud.requests) == 1 + CHUNKS
+
+
+async def test_errors_say_whether_another_attempt_makes_sense() -> None:
+    retryable = {CallLost, CallTimeout, ComputeUnavailable}
+    final = {AttemptLost, JobTimeout, ResultNotStorable}
+    assert all(error.retryable for error in retryable)
+    assert not any(error.retryable for error in final)
+    assert all(issubclass(error, PgscribeError) for error in retryable | final)
