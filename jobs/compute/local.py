@@ -62,14 +62,17 @@ _ENVIRONMENT_PREFIXES = (
     "XDG_",
 )
 
-# Two cores, base in faster-whisper in int8, seconds, medians of three runs (splitting.py says how):
+# Seconds on two cores with base, the model loaded, medians of three runs of faster-whisper in int8
+# and the better of two of openai-whisper:
 #
-#   processes x threads                 1 x 1   1 x 2   2 x 1   2 x 2
-#   58 s in one piece                     @A1     @A2
-#   291 s in one piece                            @BW
-#   291 s in spans of 30 to 90 s                  @B12    @B21    @B22
+#   processes x threads                             1 x 1   1 x 2   2 x 1   2 x 2
+#   faster-whisper, 58 s                              4.4     4.5
+#   faster-whisper, 291 s in one piece                       24.1
+#   faster-whisper, 291 s in spans of 30 to 90 s             25.0    12.7    14.2
+#   openai-whisper, 58 s                              8.3     6.2
 #
-# @NOTE
+# So each process has twice its share of the cores: spans in parallel lose a little by it, and a
+# recording that is alone, or whose model gains by threads, is as fast as in a process of its own.
 _MAX_PROCESSES = 4  # each has the model in memory: 0.4 GB for base, 2 to 3 GB for large ones
 
 _MODULES = {"faster-whisper": "faster_whisper", "openai-whisper": "whisper"}
@@ -220,11 +223,8 @@ def _lost() -> Outcome:
     raise CallLost
 
 
-def _crashed(message: str) -> Callable[[], Outcome]:
-    def end() -> Outcome:
-        raise EngineCrashed(message)
-
-    return end
+def _crash(message: str) -> Outcome:
+    raise EngineCrashed(message)
 
 
 class _Lane:
@@ -237,7 +237,7 @@ class _Lane:
         self._processes = [_Process(config) for _ in range(size)]
         self._idle = list(self._processes)
         self._waiting: deque[_Call] = deque()
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], _Process] = {}
 
     async def warm_up(self, model: str) -> None:
         await self._processes[0].warm_up(model)
@@ -252,15 +252,36 @@ class _Lane:
             model = call.message.get("model")
             process = max(self._idle, key=lambda p: (p.model == model, p.is_running))
             self._idle.remove(process)
-            call.serving = asyncio.create_task(_serve(process, call))
-            self._serving.add(call.serving)
-            # Not in the task itself: one that is cancelled at once never begins.
-            call.serving.add_done_callback(functools.partial(self._release, process))
+            task = call.serving = asyncio.create_task(self._serve(process, call))
+            self._serving[task] = process
+            task.add_done_callback(self._release)  # one that is cancelled at once never begins
 
-    def _release(self, process: _Process, task: asyncio.Task[None]) -> None:
-        self._serving.remove(task)
-        self._idle.append(process)
-        self._go_on()
+    def _release(self, task: asyncio.Task[None]) -> None:
+        if process := self._serving.pop(task, None):
+            self._idle.append(process)
+            self._go_on()
+
+    async def _serve(self, process: _Process, call: _Call) -> None:
+        try:
+            answer = await process.request(call.message, call.report)
+            end: Callable[[], Outcome] = functools.partial(Outcome.from_answer, answer)
+        except BaseException as exc:  # crashed or cancelled: what it was doing must not go on
+            await process.kill()
+            if unfinished := call.message.get("unfinished"):
+                _delete(Path(unfinished))
+            if isinstance(exc, EngineCrashed):
+                end = functools.partial(_crash, str(exc))
+            elif isinstance(exc, Exception):
+                logger.exception("An engine process could not be started or understood")
+                end = functools.partial(
+                    _crash, "The engine's process failed; the worker's log says more"
+                )
+            else:
+                raise
+        task = asyncio.current_task()
+        assert task is not None
+        self._release(task)  # first, so that who was told can have the same process again
+        call.end(end)
 
     async def drop(self, call: _Call) -> None:
         """Forget a call that waits, kill the process of one that runs."""
@@ -277,23 +298,6 @@ class _Lane:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         await asyncio.gather(*(process.kill() for process in self._processes))
-
-
-async def _serve(process: _Process, call: _Call) -> None:
-    try:
-        answer = await process.request(call.message, call.report)
-        call.end(lambda: Outcome.from_answer(answer))
-    except BaseException as exc:  # crashed or cancelled: what it was doing must not go on
-        await process.kill()
-        if unfinished := call.message.get("unfinished"):
-            _delete(Path(unfinished))
-        if isinstance(exc, EngineCrashed):
-            call.end(_crashed(str(exc)))
-        elif isinstance(exc, Exception):
-            logger.exception("An engine process could not be started or understood")
-            call.end(_crashed("The engine's process failed; the worker's log says more"))
-        else:
-            raise
 
 
 class LocalCompute:

@@ -122,6 +122,8 @@ class ModalCompute:
                 key=request.key,
                 preprocessing=request.preprocessing,
                 max_seconds=request.max_seconds,
+                min_span=request.min_span,
+                max_span=request.max_span,
             )
         model = modal.Cls.from_name(APP, MODEL, client=self._client)(
             engine=self._engine, model=request.options.model
