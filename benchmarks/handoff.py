@@ -59,7 +59,7 @@ def hold_calls(count: int) -> dict[str, float]:
         try:
             with (
                 server,
-                ServerProcess.started(LocalModal(apps=("modal_functions.app:app",))) as modal,
+                ServerProcess.started(LocalModal(apps=("tests.faults.speech_app:app",))) as modal,
             ):
                 migrate.migrate(server.url())
                 modal.control.pause()

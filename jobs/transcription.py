@@ -101,18 +101,20 @@ class Transcriber:
             async with asyncio.timeout(self._limits.attempt):
                 return await run.transcript()
         except TimeoutError as exc:
-            await run.cancel_calls()
+            await run.clean_up()
             raise JobTimeout(
                 f"The attempt took longer than the limit of {self._limits.attempt:g} s; "
                 "split the recording or raise PGSCRIBE_JOB_TIMEOUT"
             ) from exc
         except asyncio.CancelledError:
             if is_cancelled():
-                await run.cancel_calls()
+                await run.clean_up()
+            raise
+        except AttemptLost:  # the calls and the decoded audio are another attempt's now
             raise
         except PgscribeError as exc:
             if not exc.retryable:
-                await run.cancel_calls()
+                await run.clean_up()
             raise
 
 
@@ -160,8 +162,7 @@ class _Run:
             plan, chunks = await self._transcribe(await self._log.load())
         transcript = await asyncio.to_thread(_merge, plan, chunks, self._options)
         await self._log.note_usage(self._limits.gpu_second_price, self._limits.cpu_second_price)
-        with contextlib.suppress(ComputeUnavailable):  # it goes with age, too
-            await self._compute.discard(self._key)
+        await self._discard()
         return transcript
 
     @property
@@ -266,9 +267,15 @@ class _Run:
                 logger.warning("Asked again in a moment: %s", exc)
                 await backoff.sleep()
 
-    async def cancel_calls(self) -> None:
-        """Cancel all calls that run for this attempt."""
-        await self._cancel(list(self._open))
+    async def clean_up(self) -> None:
+        """Cancel all calls that run for this job, and delete its decoded audio."""
+        await asyncio.gather(self._cancel(list(self._open)), self._discard())
+
+    async def _discard(self) -> None:
+        # It goes with age, too; nobody waits for that.
+        with contextlib.suppress(PgscribeError, TimeoutError):
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await self._compute.discard(self._key)
 
     async def _cancel(self, call_ids: Sequence[str]) -> None:
         # What is missed here is found by the janitor: see jobs/tasks.py.

@@ -123,7 +123,8 @@ class Cloud:
         await asyncio.sleep(0.01)
         if chunk in self.held:
             on_progress(0.5)
-            await self.let_go.wait()
+            while chunk in self.held and not self.let_go.is_set():  # noqa: ASYNC110 - either may end it
+                await asyncio.sleep(0.01)
         if errors := self.errors.get(chunk):
             raise errors.pop(0)
         return Outcome(spoken(request.span).to_dict(), Usage(gpu_seconds=2.0))
@@ -266,10 +267,31 @@ async def test_a_new_attempt_waits_for_the_calls_of_the_last_one(case: Case) -> 
     assert (await second).text == TEXT
     with pytest.raises(AttemptLost):
         await first
+    assert case.cloud.cancelled == set(), "they are the new attempt's"
     assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
     assert case.cloud.preparations == 1
     waited = [case.cloud.waited_for[case.cloud.calls(n)[0]] for n in range(CHUNKS)]
     assert waited == [1, 2, 1, 2], "chunks that are done are not asked for again"
+
+
+async def test_a_late_attempt_leaves_calls_and_audio_to_the_new_one(case: Case) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    first = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    await case.lose()
+    await case.claim()
+    case.cloud.held.remove(0)
+    with pytest.raises(AttemptLost):
+        await first
+    assert (case.cloud.cancelled, case.cloud.discarded) == (set(), [])
+
+
+async def test_audio_that_cannot_be_deleted_keeps_no_job_from_its_end(case: Case) -> None:
+    async def refuse(key: str) -> None:  # noqa: ARG001
+        raise TranscriptionFailed("compute_refused", "No.", retryable=False)
+
+    case.cloud.discard = refuse  # type: ignore[method-assign]
+    assert (await case.run()).text == TEXT
 
 
 async def test_a_call_is_noted_before_it_is_waited_for(case: Case) -> None:
@@ -333,6 +355,7 @@ async def test_an_error_of_the_recording_ends_the_job_and_its_other_calls(case: 
     with pytest.raises(TranscriptionFailed, match="Silent"):
         await case.run()
     assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(3)}
+    assert case.cloud.discarded == [str(case.job_id)]
 
 
 async def test_after_an_error_to_retry_the_other_calls_go_on(case: Case) -> None:
