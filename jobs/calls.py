@@ -11,7 +11,7 @@ from psycopg_pool import PoolTimeout
 
 from jobs.backoff import Backoff
 from jobs.compute.base import Outcome
-from jobs.database import Pool
+from jobs.database import Pool, deadline
 from jobs.errors import AttemptLost, ResultNotStorable
 from jobs.models import Attempt
 from jobs.sql import CALLS
@@ -20,6 +20,7 @@ from modal_functions.plan import Plan
 logger = logging.getLogger(__name__)
 
 STRAY_BATCH = 100
+STATEMENT_TIMEOUT = 10.0  # seconds; what takes longer is tried again
 
 
 @dataclass(slots=True)
@@ -118,8 +119,9 @@ class CallLog:
         while True:
             try:
                 async with self._pool.connection() as conn:
-                    cursor = await conn.execute(CALLS[query], {**self._fence, **values})
-                    row = await cursor.fetchone()
+                    with deadline(conn, STATEMENT_TIMEOUT):
+                        cursor = await conn.execute(CALLS[query], {**self._fence, **values})
+                        row = await cursor.fetchone()
             except (psycopg.OperationalError, psycopg.InternalError, PoolTimeout) as exc:
                 logger.warning("%s is tried again: %s", query, exc)
                 await backoff.sleep()

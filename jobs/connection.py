@@ -5,10 +5,8 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import re
 import secrets
-import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, Self
 import psycopg
 from psycopg import errors, generators, pq, sql
 
+from jobs.database import deadline
 from jobs.sql import QUEUE
 
 logger = logging.getLogger(__name__)
@@ -153,13 +152,10 @@ class QueueConnection:
     def _calling(self, conn: Connection) -> Iterator[None]:
         """Leave the connection to psycopg, which gets no longer than the time-out."""
         self._stop_reading(conn)
-        # Not asyncio.timeout: psycopg, when cancelled, waits for the server to cancel the query.
-        timeout = self.call_timeout
-        deadline = asyncio.get_running_loop().call_later(timeout, _hang_up, conn, timeout)
         try:
-            yield
+            with deadline(conn, self.call_timeout):
+                yield
         finally:
-            deadline.cancel()
             if self._channels and not conn.closed:
                 self._start_reading(conn)
 
@@ -234,13 +230,3 @@ class QueueConnection:
         if not self._echoed:
             self.hears = False
             await self.close()
-
-
-def _hang_up(conn: Connection, waited: float) -> None:
-    """End a call that gets no answer, as if the server had closed the connection."""
-    logger.warning("No answer from the database for %g s", waited)
-    with (
-        contextlib.suppress(OSError, psycopg.Error),
-        socket.socket(fileno=os.dup(conn.fileno())) as connection,
-    ):
-        connection.shutdown(socket.SHUT_RDWR)

@@ -1,8 +1,13 @@
 """Connections to Postgres: pools, and transactions that run as a given user."""
 
+import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
@@ -10,6 +15,8 @@ from psycopg_pool import AsyncConnectionPool
 
 from jobs.settings import Settings
 from jobs.sql import SESSIONS
+
+logger = logging.getLogger(__name__)
 
 CONNECTION_TIMEOUT = 10.0  # seconds to wait for a connection from a pool
 
@@ -23,6 +30,34 @@ Pool = AsyncConnectionPool[psycopg.AsyncConnection[tuple[Any, ...]]]
 async def _use_queue_schema(conn: psycopg.AsyncConnection[Any]) -> None:
     await conn.set_autocommit(True)
     await conn.execute(SESSIONS["use_queue_schema"])
+
+
+async def _check(conn: psycopg.AsyncConnection[Any]) -> None:
+    with deadline(conn, CONNECTION_TIMEOUT):
+        await AsyncConnectionPool.check_connection(conn)
+
+
+@contextmanager
+def deadline(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[None]:
+    """Give what is awaited on a connection so long, then end it as if the server had closed it.
+
+    Nobody says that a half-open connection is dead. Not ``asyncio.timeout``: psycopg, when
+    cancelled, waits for the server to cancel the query.
+    """
+    handle = asyncio.get_running_loop().call_later(seconds, _hang_up, conn, seconds)
+    try:
+        yield
+    finally:
+        handle.cancel()
+
+
+def _hang_up(conn: psycopg.AsyncConnection[Any], waited: float) -> None:
+    logger.warning("No answer from the database for %g s", waited)
+    with (
+        contextlib.suppress(OSError, psycopg.Error),
+        socket.socket(fileno=os.dup(conn.fileno())) as connection,
+    ):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _parameters(name: str) -> dict[str, Any]:
@@ -56,7 +91,7 @@ def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool
         timeout=CONNECTION_TIMEOUT,
         name=name,
         open=False,
-        check=AsyncConnectionPool.check_connection,
+        check=_check,
         configure=_use_queue_schema if for_queue else None,
     )
 

@@ -17,9 +17,17 @@ import psycopg
 from psycopg_pool import PoolTimeout
 
 from jobs.backoff import Backoff
-from jobs.calls import Call, CallLog, Chunk, Known, forget_stray_calls, stray_calls
+from jobs.calls import (
+    STATEMENT_TIMEOUT,
+    Call,
+    CallLog,
+    Chunk,
+    Known,
+    forget_stray_calls,
+    stray_calls,
+)
 from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe
-from jobs.database import Pool
+from jobs.database import Pool, deadline
 from jobs.errors import (
     AttemptLost,
     CallLost,
@@ -301,7 +309,8 @@ class _Run:
     async def _write(self, progress: float) -> None:
         fence = {"job_id": self._attempt.job_id, "attempt": self._attempt.number}
         async with self._pool.connection() as conn:
-            await conn.execute(ATTEMPTS["write_progress"], {**fence, "progress": progress})
+            with deadline(conn, STATEMENT_TIMEOUT):
+                await conn.execute(ATTEMPTS["write_progress"], {**fence, "progress": progress})
 
 
 class _Progress:
