@@ -85,6 +85,20 @@ class EngineCrashed(PgscribeError):
     retryable = True
 
 
+class ComputeUnavailable(PgscribeError):
+    """The machines that transcribe do not answer; another attempt goes on where this one was."""
+
+    code = "compute_unavailable"
+    retryable = True
+
+
+class CallLost(PgscribeError):
+    """A remote call ended without a result."""
+
+    code = "call_lost"
+    retryable = True
+
+
 class DatabaseUnavailable(PgscribeError):
     """The database does not answer; try again in a moment."""
 

@@ -1,24 +1,104 @@
-"""Where transcription runs."""
+"""Where calls run, and what there is to call.
 
-from collections.abc import Callable
-from typing import Protocol, Self
+A *call* outlives whoever started it: its id is all that it takes to wait for it, so a new attempt
+at a job goes on with the calls of the last one. Two functions can be called:
 
-from modal_functions.transcript import Transcript, TranscriptionOptions
+- ``prepare`` fetches a recording, checks it, decodes it to a file on the compute side and plans
+  its spans;
+- ``transcribe`` transcribes one span of such a file. Doing it twice has the same result.
+
+What a function finds wrong is a value, not an exception: remote errors lose their types on the
+way. Both return a mapping with ``usage`` and one of ``plan``, ``transcript`` or ``error``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from jobs.errors import TranscriptionFailed
+from modal_functions.plan import Span
+from modal_functions.transcript import TranscriptionOptions
+
+OnProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Call ``prepare``. ``source`` is what ffmpeg can read; ``key`` names the decoded file.
+
+    ``max_seconds`` is the longest that the recording may be.
+    """
+
+    source: str
+    key: str
+    preprocessing: bool
+    max_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcribe:
+    """Call ``transcribe``. ``pcm`` is the plan's."""
+
+    pcm: str
+    span: Span
+    options: TranscriptionOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a call took, in seconds of a machine with and of one without a GPU."""
+
+    gpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call returned: a plan's or a transcript's ``to_dict()``, and what it took."""
+
+    value: dict[str, Any]
+    usage: Usage
+
+    @classmethod
+    def from_answer(cls, answer: Mapping[str, Any]) -> Self:
+        """Read a function's return value. Raises ``TranscriptionFailed`` where that is an error."""
+        if error := answer.get("error"):
+            raise TranscriptionFailed(**error)
+        value = answer["plan"] if "plan" in answer else answer["transcript"]
+        return cls(value, Usage(**answer["usage"]))
 
 
 class Compute(Protocol):
-    """Runs the transcription functions somewhere. Use as an async context manager."""
+    """Runs calls somewhere. Use as an async context manager.
+
+    Every method has a deadline of its own and raises ``ComputeUnavailable`` where the other side
+    does not answer; the call then goes on, and may be waited for again.
+    """
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc: object) -> None: ...
 
-    async def transcribe(
-        self, source: str, options: TranscriptionOptions, on_progress: Callable[[float], None]
-    ) -> Transcript:
-        """Transcribe what ffmpeg can read at ``source``.
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        """Start a call and return its id.
 
-        ``on_progress`` gets the share of the audio done, 0 to 1. Raises ``TranscriptionFailed``
-        or ``EngineCrashed``. When the task is cancelled, the work stops at once.
+        Where no answer arrives, a call may have been started whose id nobody knows.
         """
+        ...
+
+    async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:
+        """Wait for a call's end. Cancelling the wait leaves the call running.
+
+        ``on_progress`` gets the share that is done, 0 to 1, where the other side reports it.
+        Raises ``CallLost`` where the call will never return anything, so that it has to be started
+        again, and ``TranscriptionFailed`` with what the function itself reported.
+        """
+        ...
+
+    async def cancel(self, call_id: str) -> None:
+        """Stop a call, if it still runs; its result is then lost."""
+        ...
+
+    async def discard(self, key: str) -> None:
+        """Delete the file that ``prepare`` decoded, if there is one."""
         ...
