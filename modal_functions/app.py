@@ -3,8 +3,8 @@
 One call, one file: ``modal run -m modal_functions.app::transcribe --file-path https://…``
 
 What is wrong with a recording is returned, as ``error``, not raised: remote exceptions lose their
-types on the way. Only ``transcribe_audio``, which people call, raises. No function has a secret: recordings come
-by signed, short-lived URLs.
+types on the way. Only ``transcribe_audio``, which people call, raises. No function has a secret:
+recordings come by signed, short-lived URLs.
 
 The folders are mounts of volumes. PGSCRIBE_AUDIO_DIR and PGSCRIBE_WEIGHTS_DIR name others where
 nothing is mounted.
