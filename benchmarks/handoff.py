@@ -165,8 +165,15 @@ def _packaged_ffmpeg() -> str:
 async def transcribe(compute: LocalCompute, source: Path, *, whole: bool) -> tuple[float, str]:
     """Return how many seconds it took, and the text."""
     began = time.monotonic()
-    spans = {"min_span": 3600.0, "max_span": 7200.0} if whole else {}
-    prepare = Prepare(str(source), "benchmark", preprocessing=False, max_seconds=7200, **spans)
+    shortest, longest = (3600.0, 7200.0) if whole else (None, None)
+    prepare = Prepare(
+        str(source),
+        "benchmark",
+        preprocessing=False,
+        max_seconds=7200,
+        min_span=shortest,
+        max_span=longest,
+    )
     plan = Plan.from_dict((await outcome(compute, prepare)).value)
     outcomes = await asyncio.gather(*(outcome(compute, call) for call in calls_of(plan)))
     parts: list[Part] = [

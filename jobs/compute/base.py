@@ -26,16 +26,16 @@ OnProgress = Callable[[float], None]
 class Prepare:
     """Call ``prepare``. ``source`` is what ffmpeg can read; ``key`` names the decoded file.
 
-    ``max_seconds`` is the longest that the recording may be; its spans are ``min_span`` to
-    ``max_span`` seconds long.
+    ``max_seconds`` is the longest that the recording may be. Its spans are ``min_span`` to
+    ``max_span`` seconds long, or what the compute side finds best.
     """
 
     source: str
     key: str
     preprocessing: bool
     max_seconds: float
-    min_span: float = 30.0
-    max_span: float = 90.0
+    min_span: float | None = None
+    max_span: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

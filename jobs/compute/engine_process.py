@@ -78,8 +78,7 @@ class _Child:
             unfinished,
             preprocessing=request["preprocessing"],
             max_seconds=request["max_seconds"],
-            min_span=request["min_span"],
-            max_span=request["max_span"],
+            **{name: request[name] for name in ("min_span", "max_span") if request[name]},
         )
         unfinished.replace(pcm)
         return {"plan": dataclasses.replace(plan, pcm=pcm).to_dict()}

@@ -1,0 +1,303 @@
+"""The app on Modal: ``modal deploy -m modal_functions.app``.
+
+One call, one file: ``modal run -m modal_functions.app::transcribe --file-path https://…``
+
+What is wrong with a recording is returned, as ``error``, not raised: remote exceptions lose their
+types on the way. Only ``transcribe_audio``, which people call, raises. No function has a secret:
+recordings come by signed, short-lived URLs.
+
+The folders are mounts of volumes. PGSCRIBE_AUDIO_DIR and PGSCRIBE_WEIGHTS_DIR name others where
+nothing is mounted.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Final
+from uuid import uuid4
+
+import modal
+
+from modal_functions.config import Config
+from modal_functions.errors import InvalidOptions, ModelUnavailable, TranscriptionError
+from modal_functions.plan import Span
+from modal_functions.transcript import TranscriptionOptions, is_model_name
+
+Answer = dict[str, Any]
+
+AUDIO_MOUNT: Final = "/audio"
+WEIGHTS_MOUNT: Final = "/weights"
+KEEP_AUDIO: Final = 24 * 3600  # seconds; no job takes as long
+
+_FASTER_WHISPER: Final = "faster-whisper"
+_OPENAI_WHISPER: Final = "openai-whisper"
+_MODULES: Final = {
+    _FASTER_WHISPER: ("faster_whisper",),
+    _OPENAI_WHISPER: ("whisper", "whisper.transcribe"),
+}
+_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+config = Config.load()
+app = modal.App(config.app_name)
+
+audio = modal.Volume.from_name(config.audio_volume, create_if_missing=True)
+weights = modal.Volume.from_name(config.weights_volume, create_if_missing=True)
+
+_base_image = modal.Image.debian_slim(python_version="3.11").apt_install("ffmpeg")
+cpu_image = (
+    _base_image.uv_pip_install("ffmpeg-python==0.2.0", "numpy==2.4.6")
+    .env(config.environment())
+    .add_local_python_source("modal_functions")
+)
+# torch's Linux wheels bring the CUDA libraries that CTranslate2 needs as well.
+gpu_image = (
+    _base_image.uv_pip_install(
+        "ctranslate2==4.8.5",
+        "faster-whisper==1.2.1",
+        "ffmpeg-python==0.2.0",
+        "numpy==2.4.6",
+        "openai-whisper==20250625",
+        "torch==2.13.0",
+    )
+    .env(config.environment())
+    .add_local_python_source("modal_functions")
+)
+
+
+class AudioGone(TranscriptionError):
+    """The prepared audio is no longer there; prepare the recording again."""
+
+    code: ClassVar[str] = "prepared_audio_gone"
+    retryable: ClassVar[bool] = True
+
+
+def _audio_dir() -> Path:
+    return Path(os.environ.get("PGSCRIBE_AUDIO_DIR") or AUDIO_MOUNT)
+
+
+def _weights_dir() -> Path:
+    return Path(os.environ.get("PGSCRIBE_WEIGHTS_DIR") or WEIGHTS_MOUNT)
+
+
+def _commit(volume: modal.Volume) -> None:
+    if not modal.is_local():
+        volume.commit()
+
+
+def _answer(machine: str, function: Callable[[], Answer]) -> Answer:
+    """Return what a function returns or reports, and the seconds that it took."""
+    start = time.perf_counter()
+    try:
+        answer = function()
+    except TranscriptionError as exc:
+        error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
+        answer = {"error": error}
+    usage = {"gpu_seconds": 0.0, "cpu_seconds": 0.0}
+    usage[f"{machine}_seconds"] = time.perf_counter() - start
+    return {**answer, "usage": usage}
+
+
+def _pcm(key: str) -> Path:
+    if not _KEY.fullmatch(key):
+        raise ValueError("a key has 1 to 200 letters, digits, '.', '_' or '-'")
+    return _audio_dir() / f"{key}.pcm"
+
+
+def _discard_old() -> None:
+    """Delete what nobody has discarded, also what an interrupted call has left."""
+    before = time.time() - KEEP_AUDIO
+    for path in _audio_dir().glob("*.pcm*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < before:
+                path.unlink()
+
+
+@app.function(
+    image=cpu_image,
+    volumes={AUDIO_MOUNT: audio},
+    timeout=config.prepare_timeout,
+    retries=config.retries,
+    max_containers=config.prepare_max_containers,
+    scaledown_window=config.scaledown_window,
+    cpu=config.cpu,
+    memory=config.memory_mib,
+)
+def prepare_audio(  # noqa: PLR0913 - called by name
+    *,
+    source: str,
+    key: str,
+    preprocessing: bool,
+    max_seconds: float,
+    min_span: float | None = None,
+    max_span: float | None = None,
+) -> Answer:
+    """Fetch, check and decode a recording to the file of that key, all of it, and plan its spans.
+
+    Spans are as long as the configuration says unless the caller does.
+    Returns ``plan`` or ``error``, and ``usage``. Doing it again replaces the file.
+    """
+    from modal_functions.transcription import prepare
+
+    def work() -> Answer:
+        path = _pcm(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _discard_old()
+        part = path.with_name(f"{path.name}.{uuid4().hex}")
+        try:
+            plan = prepare(
+                source,
+                part,
+                preprocessing=preprocessing,
+                max_seconds=max_seconds,
+                min_span=min_span or config.min_span,
+                max_span=max_span or config.max_span,
+            )
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        _commit(audio)
+        return {"plan": replace(plan, pcm=path).to_dict()}
+
+    return _answer("cpu", work)
+
+
+@app.function(
+    image=cpu_image,
+    volumes={AUDIO_MOUNT: audio},
+    timeout=60,
+    retries=config.retries,
+    max_containers=config.prepare_max_containers,
+    scaledown_window=config.scaledown_window,
+)
+def discard_audio(key: str) -> None:
+    """Delete the file of that key, if there is one."""
+    path = _pcm(key)
+    _reload_unless(path)
+    path.unlink(missing_ok=True)
+    _commit(audio)
+
+
+def _reload_unless(path: Path) -> None:
+    """See what other containers have written since, where the file is not there."""
+    if not path.exists() and not modal.is_local():
+        audio.reload()
+
+
+def _load(engine: str, model: str) -> Any:
+    """Load a model from the volume, or download a known one into it."""
+    from modal_functions.engines import load_engine
+
+    root = _weights_dir() / engine
+    if engine not in _MODULES:
+        raise ModelUnavailable(engine, model, f"the engines are {', '.join(_MODULES)}")
+    if not is_model_name(model):
+        raise ModelUnavailable(engine, model, "this is not a model's name")
+    path = root / model if engine == _FASTER_WHISPER else root / f"{model}.pt"
+    has_weights = (path / "model.bin" if engine == _FASTER_WHISPER else path).is_file()
+    loaded = load_engine(engine, model, path=path if has_weights else None, download_root=root)
+    if not has_weights:
+        _commit(weights)
+    return loaded
+
+
+@app.cls(
+    image=gpu_image,
+    gpu=config.gpus,
+    volumes={AUDIO_MOUNT: audio, WEIGHTS_MOUNT: weights},
+    timeout=config.span_timeout,
+    startup_timeout=config.startup_timeout,
+    retries=config.retries,
+    max_containers=config.max_containers,
+    scaledown_window=config.scaledown_window,
+    cpu=config.cpu,
+    memory=config.memory_mib,
+    enable_memory_snapshot=True,
+)
+class SpeechModel:
+    """A loaded model that transcribes one span at a time."""
+
+    engine: str = modal.parameter(default=_FASTER_WHISPER)
+    model: str = modal.parameter(default="base")
+    _loaded: Any = None
+
+    @modal.enter(snap=True)
+    def import_engine(self) -> None:
+        """Import what takes seconds, into the snapshot; there is no GPU yet."""
+        for module in _MODULES.get(self.engine, ()):
+            with contextlib.suppress(ImportError):  # loading says so
+                importlib.import_module(module)
+
+    @modal.enter(snap=False)
+    def load(self) -> None:
+        """Load the model. Where that fails each call says why, as a failed start tells nobody."""
+        with contextlib.suppress(ModelUnavailable):
+            self._loaded = _load(self.engine, self.model)
+
+    @modal.method()
+    def transcribe(self, pcm: str, start: int, end: int, options: dict[str, Any]) -> Answer:
+        """Transcribe samples ``start`` to ``end`` of a prepared file, in times from its start.
+
+        Returns ``transcript`` or ``error``, and ``usage``.
+        """
+        return _answer("gpu", lambda: self._transcribe(Path(pcm).name, Span(start, end), options))
+
+    def _transcribe(self, name: str, span: Span, options: dict[str, Any]) -> Answer:
+        from modal_functions.audio import read_span
+        from modal_functions.transcription import transcribe_chunk
+
+        wanted = TranscriptionOptions.from_dict(options)
+        if wanted.model != self.model:
+            raise InvalidOptions("options.model", f"must be {self.model}, which is loaded here")
+        path = _audio_dir() / name
+        _reload_unless(path)
+        try:
+            samples = read_span(path, span)
+        except (FileNotFoundError, ValueError) as exc:
+            raise AudioGone(
+                "The prepared audio is gone or incomplete. Prepare the recording again."
+            ) from exc
+        if self._loaded is None:
+            self._loaded = _load(self.engine, self.model)
+        return {"transcript": transcribe_chunk(samples, wanted, engine=self._loaded).to_dict()}
+
+
+@app.function(
+    image=gpu_image,
+    gpu=config.gpus,
+    volumes={AUDIO_MOUNT: audio, WEIGHTS_MOUNT: weights},
+    timeout=config.file_timeout,
+    startup_timeout=config.startup_timeout,
+    retries=0,  # what is wrong with a file stays wrong
+    max_containers=config.max_containers,
+    scaledown_window=config.scaledown_window,
+    cpu=config.cpu,
+    memory=config.memory_mib,
+)
+def transcribe_audio(file_path: str, options: dict[str, Any] | None = None) -> Answer:
+    """Transcribe a URL, or a path on Modal such as in the audio volume, by openai-whisper.
+
+    Returns text, segments and language. Raises TranscriptionError, with a message for people.
+    """
+    from modal_functions.transcription import transcribe_file
+
+    wanted = TranscriptionOptions.from_dict(options or {})
+    transcript = transcribe_file(
+        file_path,
+        wanted,
+        engine=_load(_OPENAI_WHISPER, wanted.model),
+        max_seconds=config.max_audio_seconds,
+    ).to_dict()
+    return {key: transcript[key] for key in ("text", "segments", "language")}
+
+
+@app.local_entrypoint()
+def transcribe(file_path: str, options: str = "{}") -> None:
+    """Transcribe one file and print the result as JSON. ``options`` is JSON, too."""
+    result = transcribe_audio.remote(file_path, json.loads(options))
+    print(json.dumps(result, indent=2, ensure_ascii=False))  # noqa: T201 - it is a command

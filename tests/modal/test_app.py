@@ -1,0 +1,203 @@
+"""The app, deployed to a local Modal by the real client, its functions in containers there."""
+
+import asyncio
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import modal
+import pytest
+
+from jobs.compute import modal as modal_compute
+from jobs.compute import packaged_weights
+from jobs.compute.base import Prepare, Transcribe
+from jobs.compute.modal import ModalCompute
+from jobs.settings import Settings as WorkerSettings
+from modal_functions import app as deployed
+from modal_functions.config import Config, InvalidConfig
+from modal_functions.engines import FASTER_WHISPER
+from modal_functions.merging import merge
+from modal_functions.plan import Plan
+from modal_functions.transcript import Transcript, TranscriptionOptions
+from tests.local_modal.fixtures import local_modal, local_modal_server, modal_client
+from tests.local_modal.server import Address
+from tests.local_modal.settings import Settings
+
+__all__ = ["local_modal", "local_modal_server", "modal_client"]
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 120.0
+OPTIONS = {"model": "base", "language": "en"}
+
+
+@pytest.fixture(scope="session")
+def audio_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audio")
+
+
+@pytest.fixture(scope="session")
+def local_modal_settings(audio_dir: Path, models_dir: Path) -> Settings:
+    if packaged_weights.ensure(FASTER_WHISPER, "base", models_dir) is None:
+        pytest.skip("the packages with the weights of base are not installed")
+    return Settings(
+        apps=("modal_functions.app:app",),
+        containers=1,
+        container_environment={
+            "PGSCRIBE_AUDIO_DIR": str(audio_dir),
+            "PGSCRIBE_WEIGHTS_DIR": str(models_dir),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def url(clip: Path) -> Iterator[str]:
+    """A server of the clip's folder: no path of it without a question is a signed URL."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clip.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+async def prepare(client: modal.Client, source: str, **changes: Any) -> dict[str, Any]:
+    function = modal.Function.from_name("audio-processing", "prepare_audio", client=client)
+    arguments = {"key": "test", "preprocessing": False, "max_seconds": 60.0, **changes}
+    call = await function.spawn.aio(source=source, **arguments)
+    answer: dict[str, Any] = await call.get.aio(timeout=PATIENCE)
+    assert answer["usage"]["cpu_seconds"] > 0
+    return answer
+
+
+async def transcribe(client: modal.Client, **arguments: Any) -> dict[str, Any]:
+    speech = modal.Cls.from_name("audio-processing", "SpeechModel", client=client)
+    model = speech(engine=FASTER_WHISPER, model="base")
+    call = await model.transcribe.spawn.aio(**{"options": OPTIONS, **arguments})
+    answer: dict[str, Any] = await call.get.aio(timeout=PATIENCE)
+    assert answer["usage"]["gpu_seconds"] >= 0
+    return answer
+
+
+async def test_a_recording_is_prepared_and_transcribed(
+    modal_client: modal.Client, url: str, clip_text: str, wer: Any
+) -> None:
+    answer = await prepare(modal_client, f"{url}/clip.wav?token=signed")
+    plan = Plan.from_dict(answer["plan"])
+    parts = []
+    for span in plan.spans:
+        answer = await transcribe(modal_client, pcm=str(plan.pcm), start=span.start, end=span.end)
+        parts.append((span.seconds, Transcript.from_dict(answer["transcript"])))
+    assert wer(clip_text, merge(parts, name=plan.name).text) < 0.1
+
+
+async def test_what_is_wrong_with_a_recording_is_returned(
+    modal_client: modal.Client, url: str, audio_dir: Path
+) -> None:
+    missing = await prepare(modal_client, f"{url}/none.wav", key="missing")
+    too_long = await prepare(modal_client, f"{url}/clip.wav", key="long", max_seconds=5.0)
+    assert "plan" not in missing
+    assert too_long["error"]["code"] == "audio_too_long"
+    assert not list(audio_dir.glob("missing*"))
+    assert not list(audio_dir.glob("long*"))
+
+
+async def test_audio_that_is_gone_and_a_bad_option_are_returned(
+    modal_client: modal.Client,
+) -> None:
+    gone = await transcribe(modal_client, pcm="/audio/none.pcm", start=0, end=1)
+    assert (gone["error"]["code"], gone["error"]["retryable"]) == ("prepared_audio_gone", True)
+    bad = await transcribe(modal_client, pcm="x.pcm", start=0, end=1, options={"model": 1})
+    assert bad["error"]["code"] == "invalid_options"
+
+
+def test_what_is_deployed(local_modal: Address) -> None:
+    definitions = local_modal.control.definitions()
+    speech = definitions["audio-processing/SpeechModel.*"]
+    assert speech["resources"]["gpu_config"]["gpu_type"] == "L4"
+    assert {mount["mount_path"] for mount in speech["volume_mounts"]} == {"/audio", "/weights"}
+    for name, definition in definitions.items():
+        assert 1 <= definition["timeout_secs"] <= 24 * 3600
+        assert definition.get("retry_policy", {}).get("retries", 0) <= 10
+        assert "secret_ids" not in definition, name
+        assert "nonpreemptible" not in definition.get("scheduler_placement", {})
+
+
+@pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
+def test_functions_run_without_modal(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_AUDIO_DIR", str(tmp_path))
+    answer = deployed.prepare_audio.local(
+        source=str(clip), key="here", preprocessing=False, max_seconds=60.0
+    )
+    assert answer["plan"]["pcm"] == str(tmp_path / "here.pcm")
+    assert [path.name for path in tmp_path.iterdir()] == ["here.pcm"]
+    deployed.discard_audio.local("here")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("APP_NAME", "two words"),
+        ("GPU", "L5"),
+        ("GPU", "H100:8"),
+        ("SPAN_TIMEOUT", "86401"),
+        ("SPAN_TIMEOUT", "60"),
+        ("FILE_TIMEOUT", "3600"),
+        ("RETRIES", "11"),
+        ("SCALEDOWN_WINDOW", "1"),
+        ("MAX_CONTAINERS", "many"),
+        ("MAX_SPAN", "40"),
+        ("NONPREEMPTIBLE", "1"),
+    ],
+)
+def test_unusable_settings_are_named(name: str, value: str) -> None:
+    with pytest.raises(InvalidConfig, match=f"PGSCRIBE_MODAL_{name}: "):
+        Config.load({f"PGSCRIBE_MODAL_{name}": value})
+
+
+def test_a_container_has_the_configuration_of_the_deployment() -> None:
+    config = Config.load({"PGSCRIBE_MODAL_GPU": "L4,A10"})
+    assert Config.load(config.environment()) == config
+    assert config.gpus == ["L4", "A10"]
+
+
+async def test_a_workers_calls_run_whisper(
+    local_modal: Address,  # noqa: ARG001 - its environment
+    url: str,
+    models_dir: Path,
+    wer: Any,
+    clip_text: str,
+) -> None:
+    """The worker's own client, the deployed app, real audio and a real model."""
+    settings = WorkerSettings.load(database_url="postgresql://nowhere", models_dir=models_dir)
+    assert Config().app_name == modal_compute.APP
+    async with ModalCompute(settings) as compute:
+
+        async def outcome(request: Prepare | Transcribe) -> dict[str, Any]:
+            async with asyncio.timeout(PATIENCE):
+                return (await compute.result(await compute.spawn(request), lambda _: None)).value
+
+        request = Prepare(
+            f"{url}/clip.wav?signature=1",
+            "worker",
+            preprocessing=False,
+            max_seconds=60,
+            min_span=4,
+            max_span=10,
+        )
+        plan = Plan.from_dict(await outcome(request))
+        assert len(plan.spans) >= 2
+        options = TranscriptionOptions(language="en")
+        parts = []
+        for span in plan.spans:
+            value = await outcome(Transcribe(str(plan.pcm), span, options))
+            parts.append((span.seconds, Transcript.from_dict(value)))
+        await compute.discard("worker")
+    assert wer(clip_text, merge(parts, name=plan.name).text) < 0.1
