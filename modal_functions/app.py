@@ -19,13 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 from uuid import uuid4
 
 import modal
 
 from modal_functions.config import Config
-from modal_functions.errors import InvalidOptions, ModelUnavailable, TranscriptionError
+from modal_functions.errors import (
+    InvalidOptions,
+    ModelUnavailable,
+    PreparedAudioGone,
+    TranscriptionError,
+)
 from modal_functions.plan import Span
 from modal_functions.transcript import TranscriptionOptions, is_model_name
 
@@ -68,13 +73,6 @@ gpu_image = (
     .env(config.environment())
     .add_local_python_source("modal_functions")
 )
-
-
-class AudioGone(TranscriptionError):
-    """The prepared audio is no longer there; prepare the recording again."""
-
-    code: ClassVar[str] = "prepared_audio_gone"
-    retryable: ClassVar[bool] = True
 
 
 def _audio_dir() -> Path:
@@ -259,9 +257,7 @@ class SpeechModel:
         try:
             samples = read_span(path, span)
         except (FileNotFoundError, ValueError) as exc:
-            raise AudioGone(
-                "The prepared audio is gone or incomplete. Prepare the recording again."
-            ) from exc
+            raise PreparedAudioGone from exc
         if self._loaded is None:
             self._loaded = _load(self.engine, self.model)
         return {"transcript": transcribe_chunk(samples, wanted, engine=self._loaded).to_dict()}

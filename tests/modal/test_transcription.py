@@ -203,11 +203,12 @@ def test_errors_have_stable_codes() -> None:
         "AudioTooLong": "audio_too_long",
         "NoSpeech": "no_speech",
         "DecoderUnavailable": "decoder_unavailable",
+        "PreparedAudioGone": "prepared_audio_gone",
         "InvalidOptions": "invalid_options",
         "ModelUnavailable": "model_unavailable",
     }
     retryable = {error for error in TranscriptionError.__subclasses__() if error.retryable}
-    assert retryable == {errors.SourceUnavailable}
+    assert retryable == {errors.SourceUnavailable, errors.PreparedAudioGone}
 
 
 @pytest.mark.parametrize(
