@@ -105,6 +105,14 @@ def test_cuts_are_in_pauses_where_there_are_some(
     assert spans[-1].pause_after
 
 
+@pytest.mark.xfail(reason="little speech in a short window: its pause is taken for none")
+def test_a_pause_between_long_silences_and_little_speech_is_found() -> None:
+    """Found at random; the spans are far shorter than any that are used."""
+    pieces = [(0.1, 0.0), (0.11, 2.05), (0.36, 3.0), (2.09, 0.3), (0.1, 0.45)]
+    samples, _ = talk(pieces, -90.0)
+    assert all(span.pause_after for span in split(samples, min_seconds=0.5, max_seconds=1.25))
+
+
 @settings(max_examples=30, deadline=None)
 @given(TALKS, BOUNDS, st.sampled_from([0.0, -30.0]))
 def test_whole_numbers_are_divided_as_fractions_are(
