@@ -90,7 +90,7 @@ def _best_cut(powers: _Levels, earliest: int, latest: int) -> tuple[int, bool]:
     edges = np.flatnonzero(np.diff(powers[window] < noise, prepend=False, append=False))
     pauses = [(end - start, start) for start, end in edges.reshape(-1, 2).tolist()]
     length, start = max(pauses, default=(0, 0))
-    if length >= _PAUSE:
+    if length >= _PAUSE - 1:  # one that starts within a frame has one whole frame less
         return earliest + start + length // 2, True
     near = max(earliest, latest - _NEAR)
     return near + int(smooth[near : latest + 1].argmin()), False

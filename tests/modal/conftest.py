@@ -16,12 +16,10 @@ from modal_functions.audio import SAMPLE_RATE, Samples, decode
 from modal_functions.engines import FASTER_WHISPER, OPENAI_WHISPER, Engine, load_engine
 
 REPO = Path(__file__).parent.parent.parent
-# How long an example takes says what else the machine does. The examples are the same in each run,
-# so that a change fails by what it changes; leave derandomize out to look for new ones.
+# How long an example takes says what else the machine does.
 hypothesis.settings.register_profile(
     "untimed",
     deadline=None,
-    derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("untimed")
