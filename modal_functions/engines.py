@@ -24,6 +24,7 @@ import numpy as np
 from modal_functions.audio import SAMPLE_RATE, Samples
 from modal_functions.errors import InvalidOptions, ModelUnavailable
 from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word, join_text
+from modal_functions.windows import MAX_SECONDS, transcribe_windows
 
 FASTER_WHISPER: Final = "faster-whisper"
 OPENAI_WHISPER: Final = "openai-whisper"
@@ -78,6 +79,7 @@ def load_engine(  # noqa: PLR0913 - each has a name and a default
     threads: int | None = None,
     download_root: Path | None = None,
     at_hand: Sequence[str] = (),
+    batch_size: int = 1,
 ) -> Engine:
     """Load a model; `engine` is FASTER_WHISPER or OPENAI_WHISPER.
 
@@ -85,6 +87,7 @@ def load_engine(  # noqa: PLR0913 - each has a name and a default
     file for openai-whisper), or else the engine downloads them into `download_root` (by default
     its own cache), which works for MODELS only. `device` is cpu, cuda or auto; `threads` are for
     the CPU, by default as many as the engine likes. `at_hand` are models to name in the error.
+    `batch_size` is how many windows of 30 s faster-whisper decodes at a time, see `windows`.
 
     Raises ModelUnavailable.
     """
@@ -93,7 +96,7 @@ def load_engine(  # noqa: PLR0913 - each has a name and a default
         raise ModelUnavailable(engine, model, reason, at_hand)
     try:
         if engine == FASTER_WHISPER:
-            return FasterWhisperEngine(model, path, device, threads, download_root)
+            return FasterWhisperEngine(model, path, device, threads, download_root, batch_size)
         if engine == OPENAI_WHISPER:
             return OpenAIWhisperEngine(model, path, device, threads, download_root)
     except ImportError as exc:
@@ -112,13 +115,14 @@ class FasterWhisperEngine:
 
     name = FASTER_WHISPER
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - load_engine's
         self,
         model: str,
         path: Path | None,
         device: str,
         threads: int | None,
         download_root: Path | None,
+        batch_size: int,
     ) -> None:
         import ctranslate2
         from faster_whisper import WhisperModel
@@ -126,6 +130,7 @@ class FasterWhisperEngine:
         self.model = model
         device = _device(self, device, has_gpu=ctranslate2.get_cuda_device_count() > 0)
         self._on_cpu = device == "cpu"
+        self._batch_size = batch_size
         self._load = functools.partial(
             WhisperModel,
             str(path or ALIASES.get(model, model)),
@@ -148,24 +153,50 @@ class FasterWhisperEngine:
         _check(options, self.model, self._whisper.supported_languages)
         self._reset_random()
         progress = _Progress(on_progress)
-        segments, info = self._whisper.transcribe(
-            samples,
-            language=options.language,
-            task=options.task,
-            beam_size=_BEAM_SIZE,
-            best_of=_CANDIDATES,
-            word_timestamps=options.word_timestamps,
-            initial_prompt=_prompt(options),
-            **_temperature(options),
-        )
+        duration = len(samples) / SAMPLE_RATE
+        segments, language = self._decode(samples, options)
         found = []
-        for segment in segments:
-            self._has_sampled |= segment.temperature > 0
+        for segment, done in segments:
+            self._has_sampled |= segment["temperature"] > 0
             found.append(segment)
-            progress(segment.end / info.duration)
-        transcript = _transcript(self, options, info.language, samples, map(vars, found))
+            progress(done / duration)
+        transcript = _transcript(self, options, language, samples, found)
         progress(1.0)
         return transcript
+
+    def _decode(
+        self, samples: Samples, options: TranscriptionOptions
+    ) -> tuple[Iterator[tuple[dict[str, Any], float]], str]:
+        """Return segments with how far they bring it, in seconds, and the language."""
+        decoding: dict[str, Any] = {
+            "task": options.task,
+            "beam_size": _BEAM_SIZE,
+            "initial_prompt": _prompt(options),
+        }
+
+        def in_turn(samples: Samples, language: str | None) -> tuple[Iterable[Any], Any]:
+            return self._whisper.transcribe(  # type: ignore[no-any-return]
+                samples,
+                language=language,
+                best_of=_CANDIDATES,
+                word_timestamps=options.word_timestamps,
+                **decoding,
+                **_temperature(options),
+            )
+
+        # A translation's words have no times of their own, by which to divide it.
+        is_plain = options.task == "transcribe" and options.temperature is None
+        if self._batch_size > 1 and is_plain and len(samples) > MAX_SECONDS * SAMPLE_RATE:
+            return transcribe_windows(
+                self._whisper,
+                samples,
+                self._batch_size,
+                lambda window, language: in_turn(window, language)[0],
+                language=options.language,
+                **decoding,
+            )
+        segments, info = in_turn(samples, options.language)
+        return ((vars(segment), segment.end) for segment in segments), info.language
 
     def _reset_random(self) -> None:
         """Make sampling start anew.

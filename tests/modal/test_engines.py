@@ -1,5 +1,6 @@
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.compute import packaged_weights
+from modal_functions import windows
 from modal_functions.audio import SAMPLE_RATE, Samples, decode
 from modal_functions.engines import FASTER_WHISPER, MODELS, OPENAI_WHISPER, Engine, load_engine
 from modal_functions.errors import InvalidOptions, ModelUnavailable
@@ -99,11 +102,11 @@ def test_words_lie_in_their_segments_in_order(heard: Heard) -> None:
 
 def test_both_engines_put_words_at_the_same_times(hear: Callable[[str], Heard]) -> None:
     one, other = (
-        {word.word: word.start for word in words(hear(engine).transcript) if len(word.word) > 5}
+        {word.word: word.start for word in once(hear(engine).transcript)}
         for engine in (FASTER_WHISPER, OPENAI_WHISPER)
     )
     common = one.keys() & other.keys()
-    assert len(common) >= 20
+    assert len(common) >= 60
     assert all(abs(one[word] - other[word]) < 0.5 for word in common)
 
 
@@ -113,6 +116,71 @@ def test_progress_rises_to_one(heard: Heard) -> None:
     assert len(heard.progress) >= 3
     assert heard.progress[0] > 0
     assert heard.progress[-1] == 1.0
+
+
+@pytest.fixture(scope="session")
+def in_windows(models_dir: Path) -> Engine:
+    path = packaged_weights.ensure(FASTER_WHISPER, "base", models_dir)
+    if path is None:
+        pytest.skip("the packages with the weights of base are not installed")
+    return load_engine(FASTER_WHISPER, "base", path=path, device="cpu", batch_size=4)
+
+
+@pytest.mark.parametrize("are_decoded_again", [False, True])
+def test_windows_decoded_together_make_one_transcript(
+    in_windows: Engine,
+    sample: Path,
+    sample_text: str,
+    wer: Wer,
+    hear: Callable[[str], Heard],
+    are_decoded_again: bool,  # noqa: FBT001 - a case
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if are_decoded_again:  # nothing is as likely as that
+        monkeypatch.setattr(windows, "_MIN_LOGPROB", 1.0)
+        monkeypatch.setattr(windows, "_MAX_NO_SPEECH", 1.0)
+    samples, progress = decode(str(sample), max_seconds=60), list[float]()
+    quiet = np.zeros(40 * SAMPLE_RATE, np.float32)
+    options = TranscriptionOptions(word_timestamps=True)
+    transcript = in_windows.transcribe(
+        np.concatenate([samples, quiet]), options, on_progress=progress.append
+    )
+    assert wer(sample_text, transcript.text) < 0.08
+    assert transcript.text == " ".join(segment.text for segment in transcript.segments)
+    assert 8 <= len(transcript.segments) <= 30
+    assert max(segment.end - segment.start for segment in transcript.segments) < 15
+    times = [
+        time
+        for segment in transcript.segments
+        for word in segment.words or ()
+        for time in (segment.start, word.start, word.end)
+    ]
+    assert times[-1] < 60
+    in_turn = {word.word: word.start for word in once(hear(FASTER_WHISPER).transcript)}
+    together = {word.word: word.start for word in once(transcript)}
+    common = in_turn.keys() & together.keys()
+    assert len(common) >= 60
+    assert np.percentile([abs(in_turn[word] - together[word]) for word in common], 95) < 0.3
+    assert len(progress) >= 3
+    assert progress == sorted(progress)
+
+
+def once(transcript: Transcript) -> list[Word]:
+    """Words that occur once, so that each can be found again."""
+    count = Counter(word.word for word in words(transcript))
+    return [word for word in words(transcript) if count[word.word] == 1]
+
+
+def test_windows_have_words_only_on_demand(in_windows: Engine, sample: Path) -> None:
+    samples = decode(str(sample), max_seconds=60)
+    transcript = in_windows.transcribe(samples, DEFAULTS)
+    assert len(transcript.segments) >= 8
+    assert all(segment.words is None for segment in transcript.segments)
+
+
+def test_windows_of_silence_say_nothing(in_windows: Engine) -> None:
+    transcript = in_windows.transcribe(np.zeros(60 * SAMPLE_RATE, np.float32), DEFAULTS)
+    assert (transcript.text, transcript.segments) == ("", ())
 
 
 @pytest.fixture(scope="session")
