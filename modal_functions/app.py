@@ -3,8 +3,9 @@
 One call, one file: ``modal run -m modal_functions.app::transcribe --file-path https://…``
 
 What is wrong with a recording is returned, as ``error``, not raised: remote exceptions lose their
-types on the way. Only ``transcribe_audio``, which people call, raises. No function has a secret:
-recordings come by signed, short-lived URLs.
+types on the way. Only what people call raises: ``transcribe_audio``, ``update_job_status``.
+No function has a secret, as recordings come by signed, short-lived URLs; but ``update_job_status``
+has one, and is there only if PGSCRIBE_MODAL_SUPABASE_SECRET names it.
 
 The folders are mounts of volumes. PGSCRIBE_AUDIO_DIR and PGSCRIBE_WEIGHTS_DIR name others where
 nothing is mounted.
@@ -297,3 +298,28 @@ def transcribe(file_path: str, options: str = "{}") -> None:
     """Transcribe one file and print the result as JSON. ``options`` is JSON, too."""
     result = transcribe_audio.remote(file_path, json.loads(options))
     print(json.dumps(result, indent=2, ensure_ascii=False))  # noqa: T201 - it is a command
+
+
+if config.supabase_secret:
+    status_image = (
+        modal.Image.debian_slim(python_version="3.11")
+        .uv_pip_install("httpx==0.28.1", "supabase==2.34.1")
+        .env(config.environment())
+        .add_local_python_source("modal_functions")
+    )
+
+    @app.function(
+        image=status_image,
+        secrets=[modal.Secret.from_name(config.supabase_secret, required_keys=["SUPABASE_URL"])],
+        timeout=120,  # three tries, whose waits are bounded one by one
+        retries=0,  # it tries again itself
+        max_containers=config.prepare_max_containers,
+        scaledown_window=config.scaledown_window,
+    )
+    def update_job_status(
+        job_id: str, status: str, result: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Report progress and a note of a processing job; see modal_functions.status."""
+        from modal_functions import status as reports
+
+        return reports.update_job_status(job_id, status, result)

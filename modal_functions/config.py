@@ -58,6 +58,7 @@ class Config:
     max_audio_seconds: int = 4 * 3600
     min_span: float = 30.0
     max_span: float = 90.0
+    supabase_secret: str = ""  # without one, update_job_status is not deployed
 
     def __post_init__(self) -> None:
         if problems := [*self._problems()]:
@@ -101,7 +102,7 @@ class Config:
         problems = [
             f"{_variable(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', without spaces, "
             f"not {getattr(self, name)[:70]!r}. Modal names nothing else; choose another name."
-            for name in _NAMES
+            for name in (*_NAMES, *(["supabase_secret"] if self.supabase_secret else []))
             if not _NAME.fullmatch(getattr(self, name))
         ]
         problems += [

@@ -93,7 +93,7 @@ def test_owners_insert_audio_of_their_own_folder_only(
 
 @pytest.mark.parametrize(
     "column",
-    ["id", "created_at", "status", "result", "job_id", "progress", "error", "completed_at"],
+    ["id", "created_at", "status", "result", "job_id", "progress", "error", "note", "completed_at"],
 )
 def test_owners_never_write_what_is_not_theirs(
     conn: psycopg.Connection, user: UUID, column: str
@@ -114,6 +114,7 @@ def test_owners_never_write_what_is_not_theirs(
         "select procrastinate.procrastinate_fetch_job_v2(null, 1)",
         "select * from pgscribe.lock_held_job(1, 1, 1)",
         "select pgscribe.job_status('todo')",
+        "select report_progress(gen_random_uuid(), 0.5)",
         "create trigger t before insert on processing_jobs execute function pgscribe.x()",
     ],
 )

@@ -86,6 +86,7 @@ def test_many_at_once_make_one_job(conn: psycopg.Connection, user: UUID, databas
         ("idempotency_key", "x" * 201, "idempotency_key: must have 1 to 200 characters"),
         ("due_at", "2020-01-01", "status: only pgscribe writes"),
         ("cancel_requested_at", "2020-01-01", "status: only pgscribe writes"),
+        ("note", "mine", "note: only pgscribe writes it"),
     ],
 )
 def test_bad_values_are_refused(

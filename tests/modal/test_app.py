@@ -117,6 +117,7 @@ async def test_audio_that_is_gone_and_a_bad_option_are_returned(
 
 def test_what_is_deployed(local_modal: Address) -> None:
     definitions = local_modal.control.definitions()
+    assert "audio-processing/update_job_status" not in definitions
     speech = definitions["audio-processing/SpeechModel.*"]
     assert speech["resources"]["gpu_config"]["gpu_type"] == "L4"
     assert {mount["mount_path"] for mount in speech["volume_mounts"]} == {"/audio", "/weights"}
@@ -155,6 +156,7 @@ def test_functions_run_without_modal(
         ("MAX_CONTAINERS", "many"),
         ("MAX_SPAN", "40"),
         ("NONPREEMPTIBLE", "1"),
+        ("SUPABASE_SECRET", "two words"),
     ],
 )
 def test_unusable_settings_are_named(name: str, value: str) -> None:
@@ -163,7 +165,7 @@ def test_unusable_settings_are_named(name: str, value: str) -> None:
 
 
 def test_a_container_has_the_configuration_of_the_deployment() -> None:
-    config = Config.load({"PGSCRIBE_MODAL_GPU": "L4,A10"})
+    config = Config.load({"PGSCRIBE_MODAL_GPU": "L4,A10", "PGSCRIBE_MODAL_SUPABASE_SECRET": "one"})
     assert Config.load(config.environment()) == config
     assert config.gpus == ["L4", "A10"]
 
