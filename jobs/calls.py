@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -12,7 +13,7 @@ from psycopg_pool import PoolTimeout
 from jobs.backoff import Backoff
 from jobs.compute.base import Outcome
 from jobs.database import Pool, deadline
-from jobs.errors import AttemptLost, ResultNotStorable
+from jobs.errors import AttemptLost, ResultNotStorable, TranscriptionFailed
 from jobs.models import Attempt
 from jobs.sql import CALLS
 from modal_functions.plan import Plan
@@ -83,6 +84,12 @@ class CallLog:
         await self._write("forget_call", chunk=call.index, call_id=call.id)
         call.id = None
 
+    async def fail_call(self, call: Call, error: TranscriptionFailed) -> None:
+        """Note that a call has returned an error, and what it took."""
+        usage = {"cpu_seconds": error.cpu_seconds, "gpu_seconds": error.gpu_seconds}
+        await self._write("fail_call", chunk=call.index, call_id=call.id, **usage)
+        call.id = None
+
     async def store_plan(self, outcome: Outcome) -> Known:
         """Store what the preparation returned, and return the chunks that are now there."""
         await self._write("store_plan", plan=Jsonb(outcome.value), **_usage(outcome))
@@ -139,15 +146,30 @@ def _usage(outcome: Outcome) -> dict[str, float]:
 
 async def stray_calls(pool: Pool) -> list[str]:
     """Return calls that nobody waits for any more: their jobs have ended or are gone."""
-    async with pool.connection() as conn:
-        cursor = await conn.execute(CALLS["stray_calls"], {"batch": STRAY_BATCH})
-        row = await cursor.fetchone()
-    assert row is not None
-    calls: list[str] = row[0]
+    calls: list[str] = await _call(pool, "stray_calls", batch=STRAY_BATCH)
     return calls
 
 
 async def forget_stray_calls(pool: Pool, calls: Sequence[str]) -> None:
     """Note that these calls have been cancelled."""
+    await _call(pool, "forget_stray_calls", calls=list(calls))
+
+
+async def stray_audio(pool: Pool) -> list[UUID]:
+    """Return jobs that have ended and left their decoded audio."""
+    jobs: list[UUID] = await _call(pool, "stray_audio", batch=STRAY_BATCH)
+    return jobs
+
+
+async def forget_stray_audio(pool: Pool, jobs: Sequence[UUID]) -> None:
+    """Note that the decoded audio of these jobs has been deleted."""
+    await _call(pool, "forget_stray_audio", jobs=list(jobs))
+
+
+async def _call(pool: Pool, query: str, **values: Any) -> Any:
     async with pool.connection() as conn:
-        await conn.execute(CALLS["forget_stray_calls"], {"calls": list(calls)})
+        with deadline(conn, STATEMENT_TIMEOUT):
+            cursor = await conn.execute(CALLS[query], values)
+            row = await cursor.fetchone()
+    assert row is not None
+    return row[0]

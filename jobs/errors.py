@@ -67,15 +67,27 @@ class JobConflict(PgscribeError):
 
 
 class TranscriptionFailed(PgscribeError):
-    """The transcription function reported an error: its code and message are passed on."""
+    """The transcription function reported an error: its code and message are passed on.
 
-    def __init__(
-        self, code: str, message: str, *, retryable: bool, retry_after: float | None = None
+    ``cpu_seconds`` and ``gpu_seconds`` are what the call took all the same.
+    """
+
+    def __init__(  # noqa: PLR0913 - each has a name
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool,
+        retry_after: float | None = None,
+        cpu_seconds: float = 0.0,
+        gpu_seconds: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.retryable = retryable
         self.retry_after = retry_after
+        self.cpu_seconds = cpu_seconds
+        self.gpu_seconds = gpu_seconds
 
 
 class EngineCrashed(PgscribeError):

@@ -72,6 +72,7 @@ class JobSummary(BaseModel):
     retry_requested_at: datetime | None
     audio_seconds: float | None
     estimated_seconds: float | None
+    usage: dict[str, float] | None
     note: str | None
     error_code: str | None
     error: str | None

@@ -15,13 +15,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.errors import SettingsError
 
-# US dollars a second, as Modal's price page had them in 2025; they change: an estimate.
+# US dollars a second, as Modal listed them; those of T4, L4, L40S, A100-80GB and H100 were so in
+# May 2026 (techbytes.app, "Serverless GPU Pricing Matrix"), the others were not checked.
 GPU_PRICES = {
     "T4": 0.000164,
     "L4": 0.000222,
     "A10": 0.000306,
+    "A10G": 0.000306,
     "L40S": 0.000542,
     "A100": 0.000583,
+    "A100-40GB": 0.000583,
     "A100-80GB": 0.000694,
     "H100": 0.001097,
     "H200": 0.001261,
@@ -101,7 +104,7 @@ class Settings(TokenSettings):
     engine_processes: PositiveInt | None = Field(
         None,
         description="Engine processes at most, each with its model in memory once it is needed; "
-        "by default one per core up to 4, and one where the device is cuda.",
+        "by default one per core up to 4, and one where a GPU is used.",
     )
     engine_threads: PositiveInt | None = Field(
         None, description="Threads per engine process; by default twice its share of the cores."
@@ -148,7 +151,10 @@ class Settings(TokenSettings):
         GPU_PRICES, description="Prices of a GPU-second by type, for each job's estimated cost."
     )
     cpu_second_price: float = Field(
-        0.0000262, ge=0, description="Price of a second on a machine without a GPU."
+        0.0000351,
+        ge=0,
+        description="Price of a second of a container's 2 cores and 4 GiB; one with a GPU costs "
+        "that as well.",
     )
     worker_concurrency: PositiveInt = Field(
         1, description="Jobs at a time per worker; locally they share the engine processes."
@@ -191,5 +197,9 @@ class Settings(TokenSettings):
 
     @property
     def gpu_second_price(self) -> float:
-        """Price of a second on the GPU that the Modal app has, 0 where it is unknown."""
-        return self.gpu_prices.get(self.modal_gpu, 0.0)
+        """Price of a second on a machine with the GPU that the Modal app has.
+
+        A GPU whose price is unknown counts as free; of several kinds the first counts.
+        """
+        gpu = self.modal_gpu.split(",")[0].strip().upper().removesuffix("!").removesuffix("+")
+        return self.gpu_prices.get(gpu, 0.0) + self.cpu_second_price

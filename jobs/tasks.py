@@ -41,7 +41,7 @@ def add_tasks(
     app: procrastinate.App,
     transcriber: Transcriber,
     prune: Callable[[], Awaitable[object]],
-    cancel_stray_calls: Callable[[], Awaitable[object]],
+    clean_up: Callable[[], Awaitable[object]],
 ) -> None:
     """Register the task that the database's triggers defer, and the periodic ones."""
 
@@ -58,9 +58,9 @@ def add_tasks(
         )
 
     @app.periodic(cron="* * * * *")
-    @app.task(name="cancel_stray_calls", queue=MAINTENANCE, queueing_lock="cancel_stray_calls")
-    async def cancel_calls_of_ended_jobs(timestamp: int) -> None:  # noqa: ARG001
-        await cancel_stray_calls()
+    @app.task(name="clean_up", queue=MAINTENANCE, queueing_lock="clean_up")
+    async def clean_up_after_ended_jobs(timestamp: int) -> None:  # noqa: ARG001
+        await clean_up()
 
     @app.periodic(cron="*/10 * * * *")
     @app.task(name="prune", queue=MAINTENANCE, queueing_lock="prune")

@@ -23,7 +23,9 @@ from jobs.calls import (
     CallLog,
     Chunk,
     Known,
+    forget_stray_audio,
     forget_stray_calls,
+    stray_audio,
     stray_calls,
 )
 from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
 CANCEL_TIMEOUT = 1.5  # seconds; a cancelled job has stopped after 2
+CALL_PAUSES = (0.5, 15.0)  # seconds before a lost call is started again, the first and the longest
 MOST_CALLS = 4  # for one chunk in an attempt: the first, and those that replace lost ones
 GONE = "prepared_audio_gone"
 
@@ -121,8 +124,7 @@ class Transcriber:
         except AttemptLost:  # the calls and the decoded audio are another attempt's now
             raise
         except PgscribeError as exc:
-            if not exc.retryable:
-                await run.clean_up()
+            await (run.note_usage() if exc.retryable else run.clean_up())
             raise
 
 
@@ -215,6 +217,7 @@ class _Run:
 
     async def _outcome(self, call: Call, make_request: MakeRequest, report: OnProgress) -> Outcome:
         """Return what the call returns; start it if there is none, and again where it is lost."""
+        backoff = Backoff(*CALL_PAUSES)
         for _ in range(MOST_CALLS):
             if call.id is None:
                 await _unless_killed(self._start(call, make_request))
@@ -224,8 +227,13 @@ class _Run:
             except CallLost:
                 logger.warning("Call %s was lost and is started again", call.id)
                 await self._forget(call)
+                await backoff.sleep()  # what lost one may lose the next as well
             except ComputeUnavailable:
                 raise  # it goes on, for the next attempt
+            except TranscriptionFailed as exc:
+                self._open.discard(call.id)
+                await self._log.fail_call(call, exc)
+                raise
             except PgscribeError:
                 await self._forget(call)
                 raise
@@ -277,13 +285,28 @@ class _Run:
 
     async def clean_up(self) -> None:
         """Cancel all calls that run for this job, and delete its decoded audio."""
-        await asyncio.gather(self._cancel(list(self._open)), self._discard())
+        await asyncio.gather(
+            self._cancel(list(self._open)), self._discard_for_good(), self.note_usage()
+        )
+
+    async def note_usage(self) -> None:
+        """Add up on the job's row what its calls took so far, unless that takes too long."""
+        prices = self._limits.gpu_second_price, self._limits.cpu_second_price
+        with contextlib.suppress(PgscribeError, TimeoutError):
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await self._log.note_usage(*prices)
 
     async def _discard(self) -> None:
         # It goes with age, too; nobody waits for that.
         with contextlib.suppress(PgscribeError, TimeoutError):
             async with asyncio.timeout(CANCEL_TIMEOUT):
                 await self._compute.discard(self._key)
+
+    async def _discard_for_good(self) -> None:
+        with contextlib.suppress(PgscribeError, TimeoutError):  # the janitor finds it
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await self._compute.discard(self._key)
+                await self._log.forget_plan()
 
     async def _cancel(self, call_ids: Sequence[str]) -> None:
         # What is missed here is found by the janitor: see jobs/tasks.py.
@@ -340,17 +363,33 @@ class _Progress:
         return done / sum(self._samples) if self._samples else 0.0
 
 
+async def clean_up(pool: Pool, compute: Compute) -> None:
+    """Cancel and delete on the compute side what jobs have left that have ended."""
+    await asyncio.gather(cancel_stray_calls(pool, compute), discard_stray_audio(pool, compute))
+
+
 async def cancel_stray_calls(pool: Pool, compute: Compute) -> int:
     """Cancel calls that nobody waits for any more, and return how many."""
-    call_ids = await stray_calls(pool)
-    answers = await asyncio.gather(*map(compute.cancel, call_ids), return_exceptions=True)
-    cancelled = [
-        call_id
-        for call_id, answer in zip(call_ids, answers, strict=True)
-        if not isinstance(answer, BaseException)
-    ]
+    cancelled = await _done(await stray_calls(pool), compute.cancel)
     await forget_stray_calls(pool, cancelled)
     return len(cancelled)
+
+
+async def discard_stray_audio(pool: Pool, compute: Compute) -> int:
+    """Delete decoded audio that jobs have left which failed or were cancelled; return how many."""
+    discarded = await _done(await stray_audio(pool), lambda job: compute.discard(str(job)))
+    await forget_stray_audio(pool, discarded)
+    return len(discarded)
+
+
+async def _done(items: Sequence[T], act: Callable[[T], Awaitable[None]]) -> list[T]:
+    """Act on all of them at the same time; return those with which that worked."""
+    answers = await asyncio.gather(*map(act, items), return_exceptions=True)
+    return [
+        item
+        for item, answer in zip(items, answers, strict=True)
+        if not isinstance(answer, BaseException)
+    ]
 
 
 def _merge(plan: Plan, chunks: Sequence[Chunk], options: TranscriptionOptions) -> Transcript:

@@ -14,7 +14,7 @@ from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
-from jobs.transcription import Limits, Transcriber, cancel_stray_calls
+from jobs.transcription import Limits, Transcriber, clean_up
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             app,
             Transcriber(pool, storage, compute, Limits.of(settings)),
             functools.partial(retention.prune, pool, storage, settings),
-            functools.partial(cancel_stray_calls, pool, compute),
+            functools.partial(clean_up, pool, compute),
         )
         backoff = Backoff(1.0, 60.0)
         while not stop.is_set():

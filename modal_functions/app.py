@@ -47,7 +47,7 @@ _MODULES: Final = {
     _FASTER_WHISPER: ("faster_whisper",),
     _OPENAI_WHISPER: ("whisper", "whisper.transcribe"),
 }
-_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 config = Config.load()
 app = modal.App(config.app_name)
@@ -102,16 +102,20 @@ def _answer(machine: str, function: Callable[[], Answer]) -> Answer:
     return {**answer, "usage": usage}
 
 
-def _pcm(key: str) -> Path:
+def _decoded(key: str, which: str) -> Path:
+    """Return the path of one of a key's files: each preparation makes its own.
+
+    A container that has read one does not see what another has put in its place since.
+    """
     if not _KEY.fullmatch(key):
-        raise ValueError("a key has 1 to 200 letters, digits, '.', '_' or '-'")
-    return _audio_dir() / f"{key}.pcm"
+        raise InvalidOptions("key", "must be 1 to 200 letters, digits, '_' or '-'")
+    return _audio_dir() / f"{key}.{which}.pcm"
 
 
 def _discard_old() -> None:
     """Delete what nobody has discarded, also what an interrupted call has left."""
     before = time.time() - KEEP_AUDIO
-    for path in _audio_dir().glob("*.pcm*"):
+    for path in _audio_dir().glob("*.pcm"):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < before:
                 path.unlink()
@@ -136,18 +140,18 @@ def prepare_audio(  # noqa: PLR0913 - called by name
     min_span: float | None = None,
     max_span: float | None = None,
 ) -> Answer:
-    """Fetch, check and decode a recording to the file of that key, all of it, and plan its spans.
+    """Fetch, check and decode a recording to a file of that key, all of it, and plan its spans.
 
     Spans are as long as the configuration says unless the caller does.
-    Returns ``plan`` or ``error``, and ``usage``. Doing it again replaces the file.
+    Returns ``plan`` or ``error``, and ``usage``. Doing it again makes another file.
     """
     from modal_functions.transcription import prepare
 
     def work() -> Answer:
-        path = _pcm(key)
+        path = _decoded(key, uuid4().hex)
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard_old()
-        part = path.with_name(f"{path.name}.{uuid4().hex}")
+        part = path.with_name(f".{path.name}")
         try:
             plan = prepare(
                 source,
@@ -175,16 +179,16 @@ def prepare_audio(  # noqa: PLR0913 - called by name
     scaledown_window=config.scaledown_window,
 )
 def discard_audio(key: str) -> None:
-    """Delete the file of that key, if there is one."""
-    path = _pcm(key)
-    _reload_unless(path)
-    path.unlink(missing_ok=True)
+    """Delete the files of that key, if there are any."""
+    _reload()
+    for path in _audio_dir().glob(_decoded(key, "*").name):
+        path.unlink(missing_ok=True)
     _commit(audio)
 
 
-def _reload_unless(path: Path) -> None:
-    """See what other containers have written since, where the file is not there."""
-    if not path.exists() and not modal.is_local():
+def _reload() -> None:
+    """See what other containers have written since."""
+    if not modal.is_local():
         audio.reload()
 
 
@@ -199,7 +203,13 @@ def _load(engine: str, model: str) -> Any:
         raise ModelUnavailable(engine, model, "this is not a model's name")
     path = root / model if engine == _FASTER_WHISPER else root / f"{model}.pt"
     has_weights = (path / "model.bin" if engine == _FASTER_WHISPER else path).is_file()
-    loaded = load_engine(engine, model, path=path if has_weights else None, download_root=root)
+    loaded = load_engine(
+        engine,
+        model,
+        path=path if has_weights else None,
+        download_root=root,
+        batch_size=config.batch_size,
+    )
     if not has_weights:
         _commit(weights)
     return loaded
@@ -224,6 +234,7 @@ class SpeechModel:
     engine: str = modal.parameter(default=_FASTER_WHISPER)
     model: str = modal.parameter(default="base")
     _loaded: Any = None
+    _load_seconds: float = 0.0  # paid for, and not yet counted in any call's usage
 
     @modal.enter(snap=True)
     def import_engine(self) -> None:
@@ -235,16 +246,22 @@ class SpeechModel:
     @modal.enter(snap=False)
     def load(self) -> None:
         """Load the model. Where that fails each call says why, as a failed start tells nobody."""
+        start = time.perf_counter()
         with contextlib.suppress(ModelUnavailable):
             self._loaded = _load(self.engine, self.model)
+        self._load_seconds = time.perf_counter() - start
 
     @modal.method()
     def transcribe(self, pcm: str, start: int, end: int, options: dict[str, Any]) -> Answer:
         """Transcribe samples ``start`` to ``end`` of a prepared file, in times from its start.
 
-        Returns ``transcript`` or ``error``, and ``usage``.
+        Returns ``transcript`` or ``error``, and ``usage``; a container's first call counts the
+        loading of the model as well.
         """
-        return _answer("gpu", lambda: self._transcribe(Path(pcm).name, Span(start, end), options))
+        answer = _answer("gpu", lambda: self._transcribe(Path(pcm).name, Span(start, end), options))
+        answer["usage"]["gpu_seconds"] += self._load_seconds
+        self._load_seconds = 0.0
+        return answer
 
     def _transcribe(self, name: str, span: Span, options: dict[str, Any]) -> Answer:
         from modal_functions.audio import read_span
@@ -254,7 +271,8 @@ class SpeechModel:
         if wanted.model != self.model:
             raise InvalidOptions("options.model", f"must be {self.model}, which is loaded here")
         path = _audio_dir() / name
-        _reload_unless(path)
+        if not path.exists():
+            _reload()
         try:
             samples = read_span(path, span)
         except (FileNotFoundError, ValueError) as exc:

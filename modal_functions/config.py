@@ -28,6 +28,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_audio_seconds": (1, DAY),
     "min_span": (1, 3600),
     "max_span": (2, 3600),
+    "batch_size": (1, 64),
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAMES: Final = ("app_name", "audio_volume", "weights_volume")
@@ -58,6 +59,7 @@ class Config:
     max_audio_seconds: int = 4 * 3600
     min_span: float = 30.0
     max_span: float = 90.0
+    batch_size: int = 8  # windows of 30 s that faster-whisper decodes at a time
     supabase_secret: str = ""  # without one, update_job_status is not deployed
 
     def __post_init__(self) -> None:

@@ -6,15 +6,15 @@ alter table public.processing_jobs
 comment on column public.processing_jobs.note is
   'What report_progress last said of the current attempt, for people. It stays once the job has ended; another attempt starts without it.';
 
-create function pgscribe.refuse_note() returns trigger
+create function pgscribe.refuse_report() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  perform pgscribe.reject('note', 'only pgscribe writes it, while the job runs',
-    'Leave it out, and call report_progress(id, progress, note) once the job is processing.');
+  perform pgscribe.reject(case when new.note is null then 'usage' else 'note' end, 'only pgscribe writes it, while the job runs',
+    'Leave it out; for a note call report_progress(id, progress, note) once the job is processing.');
   return null;
 end $$;
-create trigger refuse_note before insert on public.processing_jobs
-  for each row when (new.note is not null) execute function pgscribe.refuse_note();
+create trigger refuse_report before insert on public.processing_jobs
+  for each row when (new.note is not null or new.usage is not null) execute function pgscribe.refuse_report();
 
 -- Like progress and result, the note is about one attempt.
 create function pgscribe.forget_note() returns trigger
@@ -66,4 +66,4 @@ comment on function public.report_progress is
 
 revoke execute on function public.report_progress from public, anon, authenticated;
 grant execute on function public.report_progress to service_role;
-revoke execute on function pgscribe.refuse_note, pgscribe.forget_note from public, anon, authenticated, service_role;
+revoke execute on function pgscribe.refuse_report, pgscribe.forget_note from public, anon, authenticated, service_role;

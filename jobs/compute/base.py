@@ -66,7 +66,7 @@ class Outcome:
     def from_answer(cls, answer: Mapping[str, Any]) -> Self:
         """Read a function's return value. Raises ``TranscriptionFailed`` where that is an error."""
         if error := answer.get("error"):
-            raise TranscriptionFailed(**error)
+            raise TranscriptionFailed(**error, **answer["usage"])
         value = answer["plan"] if "plan" in answer else answer["transcript"]
         return cls(value, Usage(**answer["usage"]))
 

@@ -111,9 +111,15 @@ def _describe_exit(status: int) -> str:
     return f"The engine's process ended unexpectedly ({how}); out of memory is a common cause"
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU for CUDA, as far as that can be seen without loading any of it."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
 def processes_and_threads(settings: Settings, cores: int) -> tuple[int, int]:
     """Return how many engine processes may run on so many cores, and the threads of each."""
-    default = 1 if settings.device == "cuda" else min(cores, _MAX_PROCESSES)
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and has_gpu())
+    default = 1 if on_gpu else min(cores, _MAX_PROCESSES)
     processes = settings.engine_processes or default
     return processes, settings.engine_threads or max(1, min(cores, 2 * cores // processes))
 
@@ -400,8 +406,9 @@ class LocalCompute:
         await self._lanes[Prepare if is_prepare else Transcribe].drop(call)
 
     async def discard(self, key: str) -> None:
-        """Delete the file that ``prepare`` decoded, if there is one."""
+        """Delete the file that ``prepare`` decoded, if there is one, and forgotten ones with it."""
         await asyncio.to_thread(_delete, self._decoded(key))
+        await asyncio.to_thread(_tidy, self._scratch)
 
 
 def _delete(path: Path) -> None:

@@ -10,6 +10,10 @@ select pgscribe.note_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
 -- forget_call --
 select pgscribe.forget_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
 
+-- fail_call --
+select pgscribe.fail_call(
+  %(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s, %(cpu_seconds)s, %(gpu_seconds)s)
+
 -- store_plan --
 select pgscribe.store_plan(%(job_id)s, %(attempt)s, %(plan)s, %(cpu_seconds)s, %(gpu_seconds)s)
 
@@ -28,3 +32,9 @@ select pgscribe.stray_calls(%(batch)s)
 
 -- forget_stray_calls --
 select pgscribe.forget_stray_calls(%(calls)s)
+
+-- stray_audio --
+select pgscribe.stray_audio(%(batch)s)
+
+-- forget_stray_audio --
+select pgscribe.forget_stray_audio(%(jobs)s)

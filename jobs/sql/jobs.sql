@@ -23,7 +23,8 @@ select * from public.processing_jobs where id = %(id)s
 -- list --
 select id, created_at, updated_at, scheduled_at, started_at, completed_at, user_id, job_id,
        file_path, options, status, progress, attempt, priority, max_attempts, idempotency_key, due_at,
-       cancel_requested_at, retry_requested_at, audio_seconds, estimated_seconds, note, error_code, error
+       cancel_requested_at, retry_requested_at, audio_seconds, estimated_seconds, usage, note,
+       error_code, error
   from public.processing_jobs
  where %(status)s::text is null or status = %(status)s
  order by created_at desc, id desc

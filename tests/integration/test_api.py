@@ -70,7 +70,7 @@ def test_submit_and_read(
         "id", "created_at", "updated_at", "scheduled_at", "started_at", "completed_at", "user_id",
         "job_id", "file_path", "options", "status", "progress", "attempt", "priority",
         "max_attempts", "idempotency_key", "due_at", "cancel_requested_at", "retry_requested_at",
-        "audio_seconds", "estimated_seconds", "note", "error_code", "error", "result",
+        "audio_seconds", "estimated_seconds", "usage", "note", "error_code", "error", "result",
     }  # fmt: skip
     assert (job["status"], job["options"]) == ("queued", {"model": "tiny"})
     assert (job["user_id"], job["result"]) == (str(user), None)

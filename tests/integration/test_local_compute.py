@@ -416,8 +416,11 @@ async def test_what_was_left_in_the_scratch_folder_goes_after_a_day(settings: Se
         (scratch / name).touch()
         os.utime(scratch / name, (old, old))
     (scratch / "new.pcm").touch()
-    async with LocalCompute(settings):
+    async with LocalCompute(settings) as compute:
         assert {path.name for path in scratch.iterdir()} == {"new.pcm", "notes.txt"}
+        os.utime(scratch / "new.pcm", (old, old))
+        await compute.discard("another")
+        assert {path.name for path in scratch.iterdir()} == {"notes.txt"}
 
 
 async def test_a_default_model_that_cannot_be_loaded_stops_nobody(
@@ -450,7 +453,20 @@ def test_an_engine_that_is_not_installed_is_named(
     ],
 )
 def test_processes_share_the_cores(
-    settings: Settings, cores: int, chosen: dict[str, Any], expected: tuple[int, int]
+    settings: Settings,
+    cores: int,
+    chosen: dict[str, Any],
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unset = {"engine_processes": None, "engine_threads": None}
+    monkeypatch.setattr(local, "has_gpu", lambda: False)
     assert processes_and_threads(settings.model_copy(update=unset | chosen), cores) == expected
+
+
+def test_a_gpu_gets_one_process(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "has_gpu", lambda: True)
+    unset = {"engine_processes": None, "engine_threads": None}
+    for device, processes in (("auto", 1), ("cpu", 4)):
+        chosen = settings.model_copy(update=unset | {"device": device})
+        assert processes_and_threads(chosen, 8)[0] == processes

@@ -93,7 +93,18 @@ def test_owners_insert_audio_of_their_own_folder_only(
 
 @pytest.mark.parametrize(
     "column",
-    ["id", "created_at", "status", "result", "job_id", "progress", "error", "note", "completed_at"],
+    [
+        "id",
+        "created_at",
+        "status",
+        "result",
+        "job_id",
+        "progress",
+        "error",
+        "note",
+        "usage",
+        "completed_at",
+    ],
 )
 def test_owners_never_write_what_is_not_theirs(
     conn: psycopg.Connection, user: UUID, column: str

@@ -87,6 +87,7 @@ def test_many_at_once_make_one_job(conn: psycopg.Connection, user: UUID, databas
         ("due_at", "2020-01-01", "status: only pgscribe writes"),
         ("cancel_requested_at", "2020-01-01", "status: only pgscribe writes"),
         ("note", "mine", "note: only pgscribe writes it"),
+        ("usage", "{}", "usage: only pgscribe writes it"),
     ],
 )
 def test_bad_values_are_refused(

@@ -32,7 +32,12 @@ from jobs.errors import (
 from jobs.models import Attempt, Segment, Transcript
 from jobs.queue import ClaimedJob, Queue
 from jobs.settings import Settings
-from jobs.transcription import Limits, Transcriber, cancel_stray_calls
+from jobs.transcription import (
+    Limits,
+    Transcriber,
+    cancel_stray_calls,
+    discard_stray_audio,
+)
 from modal_functions.plan import SAMPLE_RATE, Plan, Span
 
 pytestmark = pytest.mark.anyio
@@ -186,6 +191,13 @@ class Case:
         self.conn.execute(
             "update procrastinate.procrastinate_jobs set status = 'todo', worker_id = null,"
             " attempts = attempts + 1 where status = 'doing'"
+        )
+
+    def end(self, status: str) -> None:
+        """End the job as its worker does, with the attempt that it has."""
+        self.conn.execute(
+            "update procrastinate.procrastinate_jobs set status = %s where status = 'doing'",
+            (status,),
         )
 
     async def run(self, attempt: Attempt | None = None) -> Transcript:
@@ -356,19 +368,26 @@ async def test_an_error_of_the_recording_ends_the_job_and_its_other_calls(case: 
         await case.run()
     assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(3)}
     assert case.cloud.discarded == [str(case.job_id)]
+    case.end("failed")
+    assert await discard_stray_audio(case.pool, case.cloud) == 0, "it was deleted already"
 
 
 async def test_after_an_error_to_retry_the_other_calls_go_on(case: Case) -> None:
     case.cloud.held = {0}
-    error = TranscriptionFailed("internal_error", "Broken.", retryable=True)
+    error = TranscriptionFailed("internal_error", "Broken.", retryable=True, gpu_seconds=5)
     case.cloud.errors = {3: [error]}
     with pytest.raises(TranscriptionFailed, match="Broken"):
         await case.run()
     assert case.cloud.cancelled == set()
+    usage = case.row()["usage"]
+    assert (usage["calls"], usage["cpu_seconds"]) == (5, 3)
+    assert usage["gpu_seconds"] in {5, 7, 9}, "of the error, and of those that came before it"
     case.cloud.let_go.set()
     await case.lose()
     assert (await case.run()).text == TEXT
     assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1, 1, 1, 2]
+    usage = {"calls": 6, "gpu_seconds": 13, "cpu_seconds": 3, "estimated_cost": 29}
+    assert case.row()["usage"] == usage
 
 
 async def test_a_cancelled_job_cancels_its_calls(case: Case) -> None:
@@ -505,6 +524,31 @@ async def test_text_can_be_read_in_order_while_the_job_runs(case: Case) -> None:
     assert [f'"ready" : {ready}}}' in payload for ready, payload in zip((1, 4), heard, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("task", "language", "text"),
+    [("transcribe", "ja", "AB"), ("translate", "ja", "A B"), ("transcribe", "de", "A B")],
+)
+async def test_partial_text_is_joined_as_the_language_is_written(
+    case: Case, task: str, language: str, text: str
+) -> None:
+    await case.run()
+    case.conn.execute(
+        "update processing_job_chunks set result = case when index < 3 then"
+        " jsonb_build_object('text', (array['A', '', 'B'])[index + 1], 'language', %s::text) end",
+        (language,),
+    )
+    row = case.conn.execute(
+        "insert into processing_jobs (user_id, file_path, options)"
+        " select user_id, file_path, jsonb_build_object('task', %s::text) from processing_jobs"
+        " returning id",
+        (task,),
+    ).fetchone()
+    assert row is not None
+    case.conn.execute("update processing_job_chunks set job_id = %s", row)
+    case.job_id = row[0]
+    assert case.partial() == (3, CHUNKS, text)
+
+
 async def test_owners_read_their_chunks_without_the_ids_of_calls(
     case: Case, make_user: Callable[[], UUID]
 ) -> None:
@@ -556,6 +600,35 @@ async def test_calls_of_jobs_that_end_without_their_worker_are_cancelled(
     assert await cancel_stray_calls(case.pool, case.cloud) == 2, "what failed is tried again"
     assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(CHUNKS)}
     assert await cancel_stray_calls(case.pool, case.cloud) == 0
+
+
+@pytest.mark.parametrize("retried", [False, True])
+async def test_audio_of_jobs_that_fail_at_last_is_deleted(
+    case: Case,
+    retried: bool,  # noqa: FBT001 - a case
+) -> None:
+    case.cloud.errors = {3: [TranscriptionFailed("internal_error", "Broken.", retryable=True)]}
+    with pytest.raises(TranscriptionFailed):
+        await case.run()
+    assert await discard_stray_audio(case.pool, case.cloud) == 0, "the job is still to be done"
+    case.end("failed")
+    if retried:
+        case.conn.execute("select retry_processing_job(%s)", (case.job_id,))
+        assert await discard_stray_audio(case.pool, case.cloud) == 0
+        assert (await case.run()).text == TEXT
+        assert case.cloud.preparations == 1
+        return
+    discard = case.cloud.discard
+    case.cloud.discard = case.cloud.cancel  # type: ignore[assignment, method-assign]
+    case.cloud.away = 1
+    assert await discard_stray_audio(case.pool, case.cloud) == 0
+    case.cloud.discard = discard  # type: ignore[method-assign]
+    assert await discard_stray_audio(case.pool, case.cloud) == 1, "what failed is tried again"
+    assert case.cloud.discarded == [str(case.job_id)]
+    assert await discard_stray_audio(case.pool, case.cloud) == 0
+    case.conn.execute("select retry_processing_job(%s)", (case.job_id,))
+    assert (await case.run()).text == TEXT
+    assert case.cloud.preparations == 2
 
 
 async def test_what_was_paid_for_is_kept_while_the_database_is_away(

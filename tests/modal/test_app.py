@@ -3,7 +3,12 @@
 import asyncio
 import functools
 import http.server
+import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +23,15 @@ from jobs.compute.modal import ModalCompute
 from jobs.settings import Settings as WorkerSettings
 from modal_functions import app as deployed
 from modal_functions.config import Config, InvalidConfig
-from modal_functions.engines import FASTER_WHISPER
+from modal_functions.engines import FASTER_WHISPER, OPENAI_WHISPER
+from modal_functions.errors import InvalidOptions, NoSpeech
 from modal_functions.merging import merge
 from modal_functions.plan import Plan
 from modal_functions.transcript import Transcript, TranscriptionOptions
 from tests.local_modal.fixtures import local_modal, local_modal_server, modal_client
 from tests.local_modal.server import Address
 from tests.local_modal.settings import Settings
+from tests.modal.conftest import Ffmpeg
 
 __all__ = ["local_modal", "local_modal_server", "modal_client"]
 
@@ -41,7 +48,11 @@ def audio_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def local_modal_settings(audio_dir: Path, models_dir: Path) -> Settings:
-    if packaged_weights.ensure(FASTER_WHISPER, "base", models_dir) is None:
+    weights = [
+        packaged_weights.ensure(engine, "base", models_dir)
+        for engine in (FASTER_WHISPER, OPENAI_WHISPER)
+    ]
+    if None in weights:
         pytest.skip("the packages with the weights of base are not installed")
     return Settings(
         apps=("modal_functions.app:app",),
@@ -54,8 +65,9 @@ def local_modal_settings(audio_dir: Path, models_dir: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def url(clip: Path) -> Iterator[str]:
-    """A server of the clip's folder: no path of it without a question is a signed URL."""
+def url(clip: Path, ffmpeg: Ffmpeg) -> Iterator[str]:
+    """A server of the clip's folder, with a silent file in it."""
+    ffmpeg("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", "3", clip.parent / "silent.wav")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clip.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -74,9 +86,11 @@ async def prepare(client: modal.Client, source: str, **changes: Any) -> dict[str
     return answer
 
 
-async def transcribe(client: modal.Client, **arguments: Any) -> dict[str, Any]:
+async def transcribe(
+    client: modal.Client, engine: str = FASTER_WHISPER, **arguments: Any
+) -> dict[str, Any]:
     speech = modal.Cls.from_name("audio-processing", "SpeechModel", client=client)
-    model = speech(engine=FASTER_WHISPER, model="base")
+    model = speech(engine=engine, model="base")
     call = await model.transcribe.spawn.aio(**{"options": OPTIONS, **arguments})
     answer: dict[str, Any] = await call.get.aio(timeout=PATIENCE)
     assert answer["usage"]["gpu_seconds"] >= 0
@@ -84,13 +98,14 @@ async def transcribe(client: modal.Client, **arguments: Any) -> dict[str, Any]:
 
 
 async def test_a_recording_is_prepared_and_transcribed(
-    modal_client: modal.Client, url: str, clip_text: str, wer: Any
+    modal_client: modal.Client, url: str, clip_text: str, wer: Any, engine_name: str
 ) -> None:
     answer = await prepare(modal_client, f"{url}/clip.wav?token=signed")
     plan = Plan.from_dict(answer["plan"])
     parts = []
     for span in plan.spans:
-        answer = await transcribe(modal_client, pcm=str(plan.pcm), start=span.start, end=span.end)
+        times = {"start": span.start, "end": span.end}
+        answer = await transcribe(modal_client, engine_name, pcm=str(plan.pcm), **times)
         parts.append((span.seconds, Transcript.from_dict(answer["transcript"])))
     assert wer(clip_text, merge(parts, name=plan.name).text) < 0.1
 
@@ -100,10 +115,17 @@ async def test_what_is_wrong_with_a_recording_is_returned(
 ) -> None:
     missing = await prepare(modal_client, f"{url}/none.wav", key="missing")
     too_long = await prepare(modal_client, f"{url}/clip.wav", key="long", max_seconds=5.0)
-    assert "plan" not in missing
+    silent = await prepare(modal_client, f"{url}/silent.wav", key="silent")
+    bad_key = await prepare(modal_client, f"{url}/clip.wav", key="../long")
+    assert not any("plan" in answer for answer in (missing, too_long, silent, bad_key))
     assert too_long["error"]["code"] == "audio_too_long"
-    assert not list(audio_dir.glob("missing*"))
-    assert not list(audio_dir.glob("long*"))
+    assert silent["error"]["code"] == "no_speech"
+    assert "'silent.wav' is silent" in silent["error"]["message"]
+    assert bad_key["error"]["code"] == "invalid_options"
+    assert not [
+        path for key in ("missing", "long", "silent") for path in audio_dir.glob(f"*{key}*")
+    ]
+    assert not list(audio_dir.parent.glob("long*"))
 
 
 async def test_audio_that_is_gone_and_a_bad_option_are_returned(
@@ -130,16 +152,104 @@ def test_what_is_deployed(local_modal: Address) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
 def test_functions_run_without_modal(
-    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_name: str,
+    clip: Path,
+    clip_text: str,
+    wer: Any,
+    models_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PGSCRIBE_AUDIO_DIR", str(tmp_path))
-    answer = deployed.prepare_audio.local(
-        source=str(clip), key="here", preprocessing=False, max_seconds=60.0
+    monkeypatch.setenv("PGSCRIBE_WEIGHTS_DIR", str(models_dir))
+    plans = [
+        deployed.prepare_audio.local(
+            source=str(clip), key=key, preprocessing=False, max_seconds=60.0
+        )["plan"]
+        for key in ("here", "here", "here-too")
+    ]
+    assert [Path(plan["pcm"]).name.split(".")[0] for plan in plans] == ["here", "here", "here-too"]
+    assert {str(path) for path in tmp_path.iterdir()} == {plan["pcm"] for plan in plans}
+    model = deployed.SpeechModel(  # type: ignore[call-arg]  # its parameters
+        engine=engine_name, model="base"
     )
-    assert answer["plan"]["pcm"] == str(tmp_path / "here.pcm")
-    assert [path.name for path in tmp_path.iterdir()] == ["here.pcm"]
+    span = {"pcm": plans[0]["pcm"], "start": 0, "end": plans[0]["sample_count"]}
+    first, second = (model.transcribe.local(**span, options=OPTIONS) for _ in range(2))
+    assert wer(clip_text, first["transcript"]["text"]) < 0.1
+    assert first["transcript"] == second["transcript"]
+    assert first["transcript"]["engine"] == engine_name
+    assert model.transcribe.local(**span, options={"model": "tiny"})["error"]["code"] == (
+        "invalid_options"
+    )
     deployed.discard_audio.local("here")
-    assert not list(tmp_path.iterdir())
+    assert [str(path) for path in tmp_path.iterdir()] == [plans[2]["pcm"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
+def test_the_loading_of_a_model_is_counted_once(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_AUDIO_DIR", str(tmp_path))
+    monkeypatch.setenv("PGSCRIBE_WEIGHTS_DIR", str(models_dir))
+    load = deployed._load  # noqa: SLF001 - its time is what this is about
+
+    def slow(*arguments: str) -> Any:
+        time.sleep(2)
+        return load(*arguments)
+
+    monkeypatch.setattr(deployed, "_load", slow)
+    model = deployed.SpeechModel(  # type: ignore[call-arg]  # its parameters
+        engine=FASTER_WHISPER, model="base"
+    )
+    first, second = (
+        model.transcribe.local(pcm="none.pcm", start=0, end=1, options=OPTIONS)["usage"]
+        for _ in range(2)
+    )
+    assert first["gpu_seconds"] > 2 > second["gpu_seconds"]
+
+
+@pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
+def test_one_file_is_transcribed_as_a_whole(
+    clip: Path, clip_text: str, wer: Any, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_WEIGHTS_DIR", str(models_dir))
+    answer = deployed.transcribe_audio.local(str(clip), {"language": "en"})
+    assert answer.keys() == {"text", "segments", "language"}
+    assert wer(clip_text, answer["text"]) < 0.1
+    assert answer["segments"][0]["start"] < 2
+    with pytest.raises(InvalidOptions, match=r"options\.language"):
+        deployed.transcribe_audio.local(str(clip), {"language": "English"})
+
+
+async def test_one_file_is_transcribed_by_one_call(
+    modal_client: modal.Client, url: str, clip_text: str, wer: Any
+) -> None:
+    function = modal.Function.from_name("audio-processing", "transcribe_audio", client=modal_client)
+    call = await function.spawn.aio(f"{url}/clip.wav?token=signed", {"language": "en"})
+    answer = await call.get.aio(timeout=PATIENCE)
+    assert wer(clip_text, answer["text"]) < 0.1
+    call = await function.spawn.aio(f"{url}/silent.wav")
+    with pytest.raises(NoSpeech, match=r"'silent\.wav' is silent"):
+        await call.get.aio(timeout=PATIENCE)
+
+
+def test_one_file_is_transcribed_from_the_command_line(
+    local_modal: Address, url: str, clip_text: str, wer: Any
+) -> None:
+    options = json.dumps({"language": "en"})
+    command = [sys.executable, "-m", "modal", "run", "-m", "modal_functions.app::transcribe"]
+    command += ["--file-path", f"{url}/clip.wav", "--options", options]
+    done = subprocess.run(
+        command,
+        env=os.environ | local_modal.environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout[done.stdout.index("\n{\n") : done.stdout.rindex("\n}") + 2]
+    assert wer(clip_text, json.loads(printed)["text"]) < 0.1
 
 
 @pytest.mark.parametrize(
