@@ -168,12 +168,12 @@ class NotANumber(Segment):
 
 
 class NoStorage:
-    """Every file is there."""
+    """Every file is there; FAULT_AUDIO is what is in all of them."""
 
     async def locate(self, file_path: str) -> str:
         if KILL_AT == "after the audio is located":
             die()
-        return file_path
+        return os.environ.get("FAULT_AUDIO", file_path)
 
     async def save(self, file_path: str, chunks: object) -> int:
         raise NotImplementedError

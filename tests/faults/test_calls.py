@@ -1,9 +1,11 @@
 """Calls to Modal, over its real protocol, while workers are killed: each is paid for once."""
 
+import os
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -11,12 +13,16 @@ import click
 import psycopg
 import pytest
 
+from jobs.compute import packaged_weights
+from modal_functions.engines import FASTER_WHISPER
 from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs, until
 from tests.local_modal.server import Address, ServerProcess
 from tests.local_modal.settings import Settings
 
+REPO = Path(__file__).parents[2]
 TRANSCRIBE = "SpeechModel.transcribe"
 CHUNKS = 20
+DONE = "select count(*) from processing_job_chunks where result is not null"
 NOTE_ALL = """
     create table noted (call_id text primary key, job_id uuid, index integer);
     create function note() returns trigger language plpgsql security definer as $$ begin
@@ -35,13 +41,38 @@ def modal_server() -> Iterator[Address]:
 @pytest.fixture
 def cloud(modal_server: Address, monkeypatch: pytest.MonkeyPatch, db: Database) -> Iterator[Any]:
     """What workers call; ``noted`` has all ids of calls that have ever been in the database."""
-    for name, value in modal_server.environment().items():
+    yield from use(modal_server, monkeypatch, db)
+
+
+@pytest.fixture
+def whisper_cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, db: Database) -> Iterator[Any]:
+    """The same with the app that is deployed on Modal, its engine and a model."""
+    models = Path(os.environ.get("PGSCRIBE_TEST_MODELS_DIR") or REPO / ".pgscribe" / "models")
+    if packaged_weights.ensure(FASTER_WHISPER, "base", models) is None:
+        pytest.skip("the packages with the weights of base are not installed")
+    settings = Settings(
+        apps=("modal_functions.app:app",),
+        containers=1,
+        container_environment={
+            "PGSCRIBE_AUDIO_DIR": str(tmp_path / "audio"),
+            "PGSCRIBE_WEIGHTS_DIR": str(models),
+            "PGSCRIBE_MODAL_MIN_SPAN": "2",
+            "PGSCRIBE_MODAL_MAX_SPAN": "5",
+        },
+    )
+    monkeypatch.setenv("FAULT_AUDIO", str(REPO / "examples" / "sample.mp3"))
+    with ServerProcess.started(settings) as server:
+        yield from use(server, monkeypatch, db)
+
+
+def use(server: Address, monkeypatch: pytest.MonkeyPatch, db: Database) -> Iterator[Any]:
+    for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PGSCRIBE_COMPUTE", "modal")
     with psycopg.connect(db.url) as conn:
         conn.execute(NOTE_ALL)
-    yield modal_server.control
-    modal_server.control.reset()
+    yield server.control
+    server.control.reset()
 
 
 def completed_text(chunks: int = CHUNKS) -> str:
@@ -99,6 +130,45 @@ def test_whenever_a_worker_is_killed_each_chunk_is_transcribed_once(
     click.echo(f"{killed} kills; of {len(started)} calls {len(unknown)} are in the window")
     assert len(unknown) <= killed
     assert set(noted) <= set(started)
+
+
+def test_a_recording_is_transcribed_as_if_no_worker_had_been_killed(
+    fleet: Fleet,
+    jobs: Jobs,
+    user: UUID,
+    whisper_cloud: Any,
+    db: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real recording, a real model: the same text, and each chunk paid for once."""
+    monkeypatch.setenv("PGSCRIBE_MAX_CHUNKS_PER_JOB", "2")  # so that work is left
+    undisturbed = fleet.start_ready()
+    expected = jobs.end(jobs.insert_one(user, "a"), patience=120)
+    assert expected["status"] == "completed", expected["error"]
+    undisturbed.kill()
+    db.value("with gone as (delete from noted returning 1) select count(*) from gone")
+    whisper_cloud.reset()
+
+    chance = random.Random(4)
+    job_id = jobs.insert_one(user, "b", max_attempts=20)
+    for _ in range(3):
+        worker = fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT)
+        worker.says("start")
+        more = db.value(DONE) + 2
+        until(lambda n=more: db.value(DONE) >= n, "it goes on where the last one was")  # type: ignore[misc]
+        time.sleep(chance.uniform(0, 0.5))
+        worker.kill()
+    fleet.start(stall_timeout=SHORT_STALL_TIMEOUT)
+    row = jobs.end(job_id, patience=120)
+    assert (row["status"], row["attempt"]) == ("completed", 4)
+    assert row["result"] == expected["result"]
+    assert row["usage"]["calls"] == expected["usage"]["calls"] >= 12
+    assert row["usage"]["gpu_seconds"] > 1
+    started = Counter(e["call_id"] for e in whisper_cloud.events("started", function=TRANSCRIBE))
+    noted = {r["call_id"] for r in db.rows("select * from noted")}
+    assert set(started.values()) == {1}
+    assert len(noted) == row["usage"]["calls"] - 1, "each chunk, one call"
+    assert len(set(started) - noted) <= 3, "at most one for each kill, in the window"
 
 
 def test_a_worker_killed_in_the_window_pays_for_that_chunk_twice(
