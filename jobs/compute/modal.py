@@ -2,7 +2,7 @@
 
 The client retries by itself, and has no deadline that holds (in a black hole ``get(timeout=5)``
 takes 39 s), so every request here has one of ours. What its errors say of a call is in ``_LOST``,
-``_AWAY`` and ``_REFUSED``; docs/decisions/0003-calls.md says how that was found out.
+``AWAY`` and ``_REFUSED``; docs/decisions/0003-calls.md says how that was found out.
 """
 
 import asyncio
@@ -28,7 +28,6 @@ from jobs.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-APP = "audio-processing"
 PREPARE = "prepare_audio"
 DISCARD = "discard_audio"
 MODEL = "SpeechModel"
@@ -50,7 +49,7 @@ _LOST = (
     exception.DeserializationError,
 )
 # Nobody answers, or says so only for now; the call may well be running.
-_AWAY = (
+AWAY = (
     exception.ServiceError,
     exception.InternalError,
     exception.ResourceExhaustedError,
@@ -75,8 +74,8 @@ def token() -> tuple[str, str]:
     token_id, token_secret = config.get("token_id"), config.get("token_secret")
     if not (token_id and token_secret):
         raise SettingsError(
-            "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: needed to call Modal; set them, or run "
-            "`modal token new`, which writes them to ~/.modal.toml"
+            "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: needed to call Modal; set both in the environment "
+            "(no .env is read for them), or run `modal token new`, which writes ~/.modal.toml"
         )
     return token_id, token_secret
 
@@ -89,6 +88,7 @@ class ModalCompute:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._app = settings.modal_app_name
         self._engine = settings.engine
         self._token = token()
         self._client: modal.Client | None = None
@@ -108,7 +108,7 @@ class ModalCompute:
 
     async def spawn(self, request: Prepare | Transcribe) -> str:
         """Start a call; see ``Compute``."""
-        with _explained():
+        with _explained(self._app):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 call = await self._start(request)
         call_id: str = call.object_id
@@ -116,7 +116,7 @@ class ModalCompute:
 
     async def _start(self, request: Prepare | Transcribe) -> Any:
         if isinstance(request, Prepare):
-            prepare = modal.Function.from_name(APP, PREPARE, client=self._client)
+            prepare = modal.Function.from_name(self._app, PREPARE, client=self._client)
             return await prepare.spawn.aio(
                 source=request.source,
                 key=request.key,
@@ -125,7 +125,7 @@ class ModalCompute:
                 min_span=request.min_span,
                 max_span=request.max_span,
             )
-        model = modal.Cls.from_name(APP, MODEL, client=self._client)(
+        model = modal.Cls.from_name(self._app, MODEL, client=self._client)(
             engine=self._engine, model=request.options.model
         )
         return await model.transcribe.spawn.aio(
@@ -139,7 +139,7 @@ class ModalCompute:
         """Wait for a call's end; see ``Compute``. Modal reports no progress."""
         call = modal.FunctionCall.from_id(call_id, client=self._waiting_client)
         while True:
-            with _explained(lost=call_id):
+            with _explained(self._app, lost=call_id):
                 async with asyncio.timeout(POLL + LATE):
                     try:
                         answer = await call.get.aio(timeout=POLL)
@@ -151,7 +151,7 @@ class ModalCompute:
         """Stop a call; see ``Compute``."""
         call = modal.FunctionCall.from_id(call_id, client=self._client)
         try:
-            with _explained(lost=call_id):
+            with _explained(self._app, lost=call_id):
                 async with asyncio.timeout(REQUEST_TIMEOUT):
                     await call.cancel.aio()
         except CallLost:
@@ -159,14 +159,14 @@ class ModalCompute:
 
     async def discard(self, key: str) -> None:
         """Delete a decoded file; see ``Compute``. Nobody waits for that."""
-        discard = modal.Function.from_name(APP, DISCARD, client=self._client)
-        with _explained():
+        discard = modal.Function.from_name(self._app, DISCARD, client=self._client)
+        with _explained(self._app):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 await discard.spawn.aio(key=key)
 
 
 @contextmanager
-def _explained(lost: str | None = None) -> Iterator[None]:
+def _explained(app: str, lost: str | None = None) -> Iterator[None]:
     """Turn what the client raises into what it says of the call; ``lost`` is the call's id."""
     try:
         yield
@@ -180,12 +180,12 @@ def _explained(lost: str | None = None) -> Iterator[None]:
     except _LOST as exc:
         if lost is None:
             raise ComputeUnavailable(
-                f"Modal has no app {APP} with what is called ({type(exc).__name__}); "
+                f"Modal has no app {app} with what is called ({type(exc).__name__}); "
                 "run `pgscribe deploy`."
             ) from exc
         logger.warning("Call %s returns nothing: %s: %s", lost, type(exc).__name__, exc)
         raise CallLost from exc
-    except _AWAY as exc:
+    except AWAY as exc:
         raise ComputeUnavailable(f"Modal does not answer ({type(exc).__name__})") from exc
     except Exception as exc:
         logger.exception("Call %s failed unexpectedly", lost)

@@ -185,12 +185,14 @@ async def test_a_cancel_does_not_wait_behind_a_thousand_polls(
 
 
 async def test_an_app_that_is_not_deployed_says_how_to_deploy_it(
-    compute: ModalCompute, monkeypatch: pytest.MonkeyPatch
+    cloud: Any,  # noqa: ARG001
+    settings: Settings,
 ) -> None:
-    monkeypatch.setattr(modal_compute, "APP", "elsewhere")
-    for request in (PREPARE, CHUNK):
-        with pytest.raises(ComputeUnavailable, match="pgscribe deploy"):
-            await compute.spawn(request)
+    elsewhere = settings.model_copy(update={"modal_app_name": "elsewhere"})
+    async with ModalCompute(elsewhere) as compute:
+        for request in (PREPARE, CHUNK):
+            with pytest.raises(ComputeUnavailable, match=r"no app elsewhere .*pgscribe deploy"):
+                await compute.spawn(request)
 
 
 async def test_a_wrong_token_is_refused_and_not_shown(
