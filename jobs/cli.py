@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def main() -> None:
       pgscribe migrate                 prepare the database
       pgscribe web                     the REST API
       pgscribe worker                  as many as you like
+      pgscribe deploy                  put the functions on Modal, for PGSCRIBE_COMPUTE=modal
     """
 
 
@@ -192,6 +194,48 @@ def migrate(*, status: bool, export: Path | None) -> None:
         sys.exit(bool(missing))
     count = runner.migrate(url, lambda migration: click.echo(f"applied  {migration.filename}"))
     click.echo(f"Up to date; {count} applied now")
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Deploy nothing; exit status 1 unless all is in place.")
+@click.option("--environment", metavar="NAME", help="Of Modal's [MODAL_ENVIRONMENT].")
+@_friendly
+def deploy(*, check: bool, environment: str | None) -> None:
+    """Put the functions that workers call on Modal, and see that they are what is called.
+
+    Settings and token are checked first. Afterwards all functions are looked up by name, and a
+    container without a GPU is started, which says what code and settings it has. Settings:
+    PGSCRIBE_MODAL_… in the environment or in .env, see docs/modal.md. Token: `modal token new`.
+    """
+    import asyncio
+
+    with _modal():
+        from jobs import deploy as deployment
+
+    try:
+        asyncio.run(deployment.run(click.echo, check=check, environment=environment))
+    except KeyboardInterrupt:
+        click.echo("Stopped; `pgscribe deploy --check` says what is deployed.", err=True)
+        sys.exit(130)
+    if check:
+        click.echo("Up to date")
+        return
+    variables = f" and MODAL_ENVIRONMENT={environment}" if environment else ""
+    click.echo(f"Done; workers use it with PGSCRIBE_COMPUTE=modal{variables}")
+
+
+@contextmanager
+def _modal() -> Iterator[None]:
+    """Show what Modal's client finds wrong with its configuration as it is imported."""
+    try:
+        yield
+    except Exception as exc:
+        if type(exc).__module__ != "modal.exception":
+            raise
+        raise click.ClickException(
+            "Modal's configuration is not usable: correct ~/.modal.toml, or the file that "
+            "MODAL_CONFIG_PATH names."
+        ) from exc
 
 
 def _options(**options: Any) -> dict[str, Any]:

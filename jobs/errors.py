@@ -20,6 +20,12 @@ class SettingsError(PgscribeError):
     code = "invalid_settings"
 
 
+class DeploymentFailed(PgscribeError):
+    """What is on Modal is not what it should be."""
+
+    code = "deployment_failed"
+
+
 class InvalidInput(PgscribeError):
     """The request is not usable. ``field`` names the part of it that is to blame."""
 

@@ -11,9 +11,10 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
 from jobs.errors import SettingsError
+from modal_functions.config import NAME, Config
 
 # US dollars a second, as Modal listed them; those of T4, L4, L40S, A100-80GB and H100 were so in
 # May 2026 (techbytes.app, "Serverless GPU Pricing Matrix"), the others were not checked.
@@ -30,6 +31,9 @@ GPU_PRICES = {
     "H200": 0.001261,
     "B200": 0.001736,
 }
+
+
+_DEPLOYED = Config()
 
 
 class _FromEnvironment(BaseSettings):
@@ -50,6 +54,13 @@ class _FromEnvironment(BaseSettings):
                 for error in exc.errors(include_input=False)
             ]
             raise SettingsError("Unusable settings:\n  " + "\n  ".join(problems)) from None
+
+
+def dotenv(prefix: str) -> dict[str, str]:
+    """Return the variables with that prefix that the files have which settings are read from."""
+    values = DotEnvSettingsSource(_FromEnvironment).env_vars
+    named = {name.upper(): value for name, value in values.items() if value is not None}
+    return {name: value for name, value in named.items() if name.startswith(prefix)}
 
 
 class TokenSettings(_FromEnvironment):
@@ -81,7 +92,32 @@ class ClientSettings(_FromEnvironment):
     )
 
 
-class Settings(TokenSettings):
+class CallSettings(_FromEnvironment):
+    """What workers and the app on Modal have to agree on; ``pgscribe deploy`` needs no more."""
+
+    max_audio_seconds: PositiveInt = Field(4 * 3600, description="Longest audio, in seconds.")
+    call_timeout: PositiveInt = Field(
+        3600, description="Longest that one call may take with its wait for a machine, in seconds."
+    )
+    modal_app_name: str = Field(
+        _DEPLOYED.app_name,
+        pattern=f"^{NAME.pattern}$",
+        description="Name of the app on Modal, for those who deploy it and for those who call it.",
+    )
+    modal_gpu: str = Field(
+        _DEPLOYED.gpu, description="GPU type that the Modal app is deployed with."
+    )
+
+    @field_validator("modal_app_name", "modal_gpu", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: str, info: ValidationInfo) -> str:
+        """Take these as the deployment does."""
+        assert info.field_name is not None
+        default: str = cls.model_fields[info.field_name].default
+        return value.strip() or default
+
+
+class Settings(TokenSettings, CallSettings):
     """What a web server or a worker needs. Secrets stay out of its text representation."""
 
     database_url: SecretStr = Field(
@@ -115,7 +151,6 @@ class Settings(TokenSettings):
         "than a day are deleted.",
     )
 
-    max_audio_seconds: PositiveInt = Field(4 * 3600, description="Longest audio, in seconds.")
     max_attempts: int = Field(
         3, ge=1, le=20, description="Attempts before a job is failed; its own max_attempts wins."
     )
@@ -138,15 +173,11 @@ class Settings(TokenSettings):
     max_calls: PositiveInt = Field(
         1000, description="Calls that a worker has running at a time, of all its jobs."
     )
-    call_timeout: PositiveInt = Field(
-        3600, description="Longest that one call may take with its wait for a machine, in seconds."
-    )
     compute_patience: PositiveInt = Field(
         300,
         description="Seconds that the machines that transcribe may be out of reach before an "
         "attempt gives up; what it has started goes on.",
     )
-    modal_gpu: str = Field("L4", description="GPU type that the Modal app is deployed with.")
     gpu_prices: dict[str, float] = Field(
         GPU_PRICES, description="Prices of a GPU-second by type, for each job's estimated cost."
     )

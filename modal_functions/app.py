@@ -1,4 +1,4 @@
-"""The app on Modal: ``modal deploy -m modal_functions.app``.
+"""The app on Modal: ``pgscribe deploy`` puts it there.
 
 One call, one file: ``modal run -m modal_functions.app::transcribe --file-path https://…``
 
@@ -32,6 +32,7 @@ from modal_functions.errors import (
     PreparedAudioGone,
     TranscriptionError,
 )
+from modal_functions.fingerprint import fingerprint
 from modal_functions.plan import Span
 from modal_functions.transcript import TranscriptionOptions, is_model_name
 
@@ -309,6 +310,12 @@ def transcribe_audio(file_path: str, options: dict[str, Any] | None = None) -> A
         max_seconds=config.max_audio_seconds,
     ).to_dict()
     return {key: transcript[key] for key in ("text", "segments", "language")}
+
+
+@app.function(image=cpu_image, timeout=60, single_use_containers=True)
+def describe() -> Answer:
+    """Return what this container runs, by which `pgscribe deploy` knows it for its own."""
+    return {"code": fingerprint(), "config": config.environment()}
 
 
 @app.local_entrypoint()

@@ -12,9 +12,10 @@ GPUS: Final = (
     "H100", "H100!", "H200", "B200", "B200+", "ANY",
 )  # fmt: skip
 DAY: Final = 24 * 3600
+DECODING_SPEED: Final = 10  # times as fast as it was spoken, at the least
 
 # Modal's limits, or where it has none what makes sense: inclusive.
-_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_containers": (1, 1000),
     "prepare_max_containers": (1, 1000),
     "scaledown_window": (2, 3600),
@@ -30,7 +31,7 @@ _RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_span": (2, 3600),
     "batch_size": (1, 64),
 }
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAMES: Final = ("app_name", "audio_volume", "weights_volume")
 
 
@@ -105,7 +106,7 @@ class Config:
             f"{_variable(name)}: must be 1 to 64 letters, digits, '.', '_' or '-', without spaces, "
             f"not {getattr(self, name)[:70]!r}. Modal names nothing else; choose another name."
             for name in (*_NAMES, *(["supabase_secret"] if self.supabase_secret else []))
-            if not _NAME.fullmatch(getattr(self, name))
+            if not NAME.fullmatch(getattr(self, name))
         ]
         problems += [
             f"{_variable('gpu')}: {gpu[:40]!r} is no kind of GPU that Modal has, or has a count: "
@@ -116,7 +117,7 @@ class Config:
         problems += [
             f"{_variable(name)}: must be from {low:g} to {high:g}, not {getattr(self, name):g}."
             f" Leave it out for {_DEFAULTS[name]:g}."
-            for name, (low, high) in _RANGES.items()
+            for name, (low, high) in RANGES.items()
             if not low <= getattr(self, name) <= high
         ]
         if problems:
@@ -126,11 +127,11 @@ class Config:
                 f"{_variable('max_span')}: must be at least twice {_variable('min_span')} "
                 f"({self.min_span:g} s), not {self.max_span:g}. Raise it or lower the other."
             )
-        # Transcribing as slowly as it was spoken, and decoding ten times as fast, must be in time.
+        # Transcribing as slowly as it was spoken must be in time.
         for name, needed, why in (
             ("span_timeout", self.max_span, "max_span"),
             ("file_timeout", self.max_audio_seconds, "max_audio_seconds"),
-            ("prepare_timeout", self.max_audio_seconds / 10, "max_audio_seconds"),
+            ("prepare_timeout", self.max_audio_seconds / DECODING_SPEED, "max_audio_seconds"),
         ):
             if getattr(self, name) < needed:
                 problems.append(

@@ -2,7 +2,7 @@
 
 The client retries by itself, and has no deadline that holds (in a black hole ``get(timeout=5)``
 takes 39 s), so every request here has one of ours. What its errors say of a call is in ``_LOST``,
-``_AWAY`` and ``_REFUSED``; docs/decisions/0003-calls.md says how that was found out.
+``AWAY`` and ``_REFUSED``; docs/decisions/0003-calls.md says how that was found out.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from jobs.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-APP = "audio-processing"
 PREPARE = "prepare_audio"
 DISCARD = "discard_audio"
 MODEL = "SpeechModel"
 
+CONNECT_TIMEOUT = 10.0  # seconds until a worker goes on without; the client's own tries take 56 s
 REQUEST_TIMEOUT = 30.0  # seconds for anything but waiting
 POLL = 50.0  # seconds that a request waits for a result; the client's own are 55 s long
 LATE = 20.0  # seconds that its answer may be late
@@ -50,7 +50,7 @@ _LOST = (
     exception.DeserializationError,
 )
 # Nobody answers, or says so only for now; the call may well be running.
-_AWAY = (
+AWAY = (
     exception.ServiceError,
     exception.InternalError,
     exception.ResourceExhaustedError,
@@ -75,10 +75,30 @@ def token() -> tuple[str, str]:
     token_id, token_secret = config.get("token_id"), config.get("token_secret")
     if not (token_id and token_secret):
         raise SettingsError(
-            "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: needed to call Modal; set them, or run "
-            "`modal token new`, which writes them to ~/.modal.toml"
+            "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: needed to call Modal; set both in the environment "
+            "(no .env is read for them), or run `modal token new`, which writes ~/.modal.toml"
         )
     return token_id, token_secret
+
+
+class _Connection:
+    """A connection to Modal, made when it is first needed."""
+
+    def __init__(self, token: tuple[str, str]) -> None:
+        self._token = token
+        self._client: modal.Client | None = None
+        self._connecting = asyncio.Lock()
+
+    async def client(self) -> modal.Client:
+        """Return the client. Raises what it does where Modal does not answer or refuses."""
+        async with self._connecting:
+            if self._client is None:
+                self._client = await modal.Client.from_credentials.aio(*self._token)
+            return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close.aio()
 
 
 class ModalCompute:
@@ -89,34 +109,43 @@ class ModalCompute:
     """
 
     def __init__(self, settings: Settings) -> None:
+        self._app = settings.modal_app_name
         self._engine = settings.engine
-        self._token = token()
-        self._client: modal.Client | None = None
-        self._waiting_client: modal.Client | None = None
+        self._connection = _Connection(token())
+        self._waiting = _Connection(token())
 
     async def __aenter__(self) -> Self:
-        """Make the clients. They connect with the first call, which shows what is wrong."""
-        self._client = await modal.Client.from_credentials.aio(*self._token)
-        self._waiting_client = await modal.Client.from_credentials.aio(*self._token)
+        """Connect, and go on where Modal does not answer now. Raises ``SettingsError``."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                client = await self._connection.client()
+                await client.hello.aio()  # type: ignore[no-untyped-call]
+        except exception.AuthError as exc:
+            raise SettingsError(
+                "MODAL_TOKEN_ID, MODAL_TOKEN_SECRET: Modal refuses this token; see "
+                "`pgscribe deploy --check`"
+            ) from exc
+        except AWAY as exc:
+            logger.warning("Modal does not answer (%s); calls will wait", type(exc).__name__)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Close the connections; what was called goes on."""
-        for client in (self._client, self._waiting_client):
-            if client is not None:
-                await client.close.aio()
+        for connection in (self._connection, self._waiting):
+            await connection.close()
 
     async def spawn(self, request: Prepare | Transcribe) -> str:
         """Start a call; see ``Compute``."""
-        with _explained():
+        with _explained(self._app):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 call = await self._start(request)
         call_id: str = call.object_id
         return call_id
 
     async def _start(self, request: Prepare | Transcribe) -> Any:
+        client = await self._connection.client()
         if isinstance(request, Prepare):
-            prepare = modal.Function.from_name(APP, PREPARE, client=self._client)
+            prepare = modal.Function.from_name(self._app, PREPARE, client=client)
             return await prepare.spawn.aio(
                 source=request.source,
                 key=request.key,
@@ -125,7 +154,7 @@ class ModalCompute:
                 min_span=request.min_span,
                 max_span=request.max_span,
             )
-        model = modal.Cls.from_name(APP, MODEL, client=self._client)(
+        model = modal.Cls.from_name(self._app, MODEL, client=client)(
             engine=self._engine, model=request.options.model
         )
         return await model.transcribe.spawn.aio(
@@ -137,10 +166,11 @@ class ModalCompute:
 
     async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:  # noqa: ARG002
         """Wait for a call's end; see ``Compute``. Modal reports no progress."""
-        call = modal.FunctionCall.from_id(call_id, client=self._waiting_client)
         while True:
-            with _explained(lost=call_id):
+            with _explained(self._app, lost=call_id):
                 async with asyncio.timeout(POLL + LATE):
+                    client = await self._waiting.client()
+                    call = modal.FunctionCall.from_id(call_id, client=client)
                     try:
                         answer = await call.get.aio(timeout=POLL)
                     except TimeoutError:  # of the poll; our own deadline comes as a cancellation
@@ -149,24 +179,25 @@ class ModalCompute:
 
     async def cancel(self, call_id: str) -> None:
         """Stop a call; see ``Compute``."""
-        call = modal.FunctionCall.from_id(call_id, client=self._client)
         try:
-            with _explained(lost=call_id):
+            with _explained(self._app, lost=call_id):
                 async with asyncio.timeout(REQUEST_TIMEOUT):
-                    await call.cancel.aio()
+                    client = await self._connection.client()
+                    await modal.FunctionCall.from_id(call_id, client=client).cancel.aio()
         except CallLost:
             pass  # nothing is left to be cancelled
 
     async def discard(self, key: str) -> None:
         """Delete a decoded file; see ``Compute``. Nobody waits for that."""
-        discard = modal.Function.from_name(APP, DISCARD, client=self._client)
-        with _explained():
+        with _explained(self._app):
             async with asyncio.timeout(REQUEST_TIMEOUT):
+                client = await self._connection.client()
+                discard = modal.Function.from_name(self._app, DISCARD, client=client)
                 await discard.spawn.aio(key=key)
 
 
 @contextmanager
-def _explained(lost: str | None = None) -> Iterator[None]:
+def _explained(app: str, lost: str | None = None) -> Iterator[None]:
     """Turn what the client raises into what it says of the call; ``lost`` is the call's id."""
     try:
         yield
@@ -180,12 +211,12 @@ def _explained(lost: str | None = None) -> Iterator[None]:
     except _LOST as exc:
         if lost is None:
             raise ComputeUnavailable(
-                f"Modal has no app {APP} with what is called ({type(exc).__name__}); "
+                f"Modal has no app {app} with what is called ({type(exc).__name__}); "
                 "run `pgscribe deploy`."
             ) from exc
         logger.warning("Call %s returns nothing: %s: %s", lost, type(exc).__name__, exc)
         raise CallLost from exc
-    except _AWAY as exc:
+    except AWAY as exc:
         raise ComputeUnavailable(f"Modal does not answer ({type(exc).__name__})") from exc
     except Exception as exc:
         logger.exception("Call %s failed unexpectedly", lost)

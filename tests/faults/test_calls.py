@@ -236,6 +236,19 @@ def test_calls_go_on_while_modal_is_out_of_reach(
     assert len(noted) == CHUNKS
 
 
+def test_a_worker_starts_while_modal_is_out_of_reach(
+    fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any
+) -> None:
+    cloud.refuse()
+    worker = fleet.start_ready()
+    job_id = jobs.insert_one(user, "chunks-2")
+    worker.says("start")
+    cloud.heal()
+    row = jobs.end(job_id)
+    assert (row["status"], row["attempt"]) == ("completed", 1)
+    assert "Modal does not answer" in worker.log
+
+
 @pytest.mark.parametrize("fault", ["preempt", "lose", "INTERNAL_FAILURE", "INIT_FAILURE"])
 def test_what_happens_to_a_call_at_modal_costs_no_attempt(
     fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, fault: str

@@ -45,15 +45,16 @@ def test_help_teaches(pgscribe: Run, name: str) -> None:
     assert len(result.output.splitlines()) > 5
 
 
-def test_version_starts_nothing_heavy() -> None:
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["deploy", "--help"]])
+def test_help_and_version_start_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys; from jobs.cli import main; main(['--version'], standalone_mode=False);"
-        "heavy = {'psycopg', 'pydantic', 'procrastinate', 'starlette', 'numpy', 'httpx2'};"
+        f"import sys; from jobs.cli import main; main({arguments}, standalone_mode=False);"
+        "heavy = {'modal', 'psycopg', 'pydantic', 'procrastinate', 'starlette', 'numpy', 'httpx2'};"
         "sys.exit(str(heavy & set(sys.modules) or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert __version__ in done.stdout
-    assert done.stderr.strip() == "", "imported at start, though --version needs none of it"
+    assert (__version__ if arguments == ["--version"] else "Usage: ") in done.stdout
+    assert done.stderr.strip() == "", "imported at start, though this needs none of it"
 
 
 def test_missing_settings_are_named(pgscribe: Run, monkeypatch: pytest.MonkeyPatch) -> None:

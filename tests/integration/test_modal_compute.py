@@ -16,7 +16,6 @@ from jobs.errors import (
     EngineCrashed,
     PgscribeError,
     SettingsError,
-    TranscriptionFailed,
 )
 from jobs.models import TranscriptionOptions
 from jobs.settings import Settings
@@ -185,12 +184,14 @@ async def test_a_cancel_does_not_wait_behind_a_thousand_polls(
 
 
 async def test_an_app_that_is_not_deployed_says_how_to_deploy_it(
-    compute: ModalCompute, monkeypatch: pytest.MonkeyPatch
+    cloud: Any,  # noqa: ARG001
+    settings: Settings,
 ) -> None:
-    monkeypatch.setattr(modal_compute, "APP", "elsewhere")
-    for request in (PREPARE, CHUNK):
-        with pytest.raises(ComputeUnavailable, match="pgscribe deploy"):
-            await compute.spawn(request)
+    elsewhere = settings.model_copy(update={"modal_app_name": "elsewhere"})
+    async with ModalCompute(elsewhere) as compute:
+        for request in (PREPARE, CHUNK):
+            with pytest.raises(ComputeUnavailable, match=r"no app elsewhere .*pgscribe deploy"):
+                await compute.spawn(request)
 
 
 async def test_a_wrong_token_is_refused_and_not_shown(
@@ -200,10 +201,9 @@ async def test_a_wrong_token_is_refused_and_not_shown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MODAL_TOKEN_SECRET", "as-wrong-and-secret")
-    async with ModalCompute(settings) as compute:
-        with pytest.raises(TranscriptionFailed, match="AuthError") as caught:
-            await compute.spawn(CHUNK)
-    assert (caught.value.code, caught.value.retryable) == ("compute_refused", False)
+    with pytest.raises(SettingsError, match="Modal refuses this token") as caught:
+        async with ModalCompute(settings):
+            pass
     assert "as-wrong-and-secret" not in caplog.text + str(caught.value)
 
 

@@ -109,6 +109,7 @@ class Launcher:
 
     def _environment(self, container: Container, arguments: Path) -> Mapping[str, str]:
         return clean_environment(
+            **self._deployments.image_environment(container.function),
             MODAL_SERVER_URL=self.server_url,
             MODAL_IS_REMOTE="1",
             MODAL_TASK_ID=container.task_id,

@@ -143,6 +143,10 @@ class Control:
     def delay(self, rpc: str, seconds: float, *, times: int = 1, when: When = "before") -> None:
         self.fail(rpc, None, times=times, when=when, delay=seconds)
 
+    def fail_builds(self, exception: str) -> None:
+        """Let no image be built until ``heal``."""
+        self._do("fail_builds", exception=exception)
+
     # What happens to connections; those of containers are spared.
 
     def cut(self) -> None:

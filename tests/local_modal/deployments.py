@@ -1,5 +1,6 @@
 """What `modal deploy` has left here: apps, their functions and classes, and variants of these."""
 
+import shlex
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ def _method_metadata(
 class App:
     app_id: str
     name: str
+    environment: str
     function_ids: dict[str, str] = field(default_factory=dict)
     class_ids: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +79,8 @@ class Deployments:
     """The part of the control plane that looks up and deploys."""
 
     def __init__(self) -> None:
-        self._apps: dict[str, App] = {}
+        self.build_failure: str | None = None  # what the next images fail with
+        self._apps: dict[tuple[str, str], App] = {}  # by environment and name
         self._functions: dict[str, Deployed] = {}
         self._variants: dict[tuple[str, bytes, bytes], str] = {}
         self._volumes: dict[str, pb.VolumeMetadata] = {}
@@ -93,9 +96,11 @@ class Deployments:
         return [each for each in self._functions.values() if each.name == name]
 
     def definitions(self) -> dict[str, dict[str, Any]]:
-        """Return what was deployed, as "app/function", with the commands of its image."""
+        """Return what was deployed, as "app/function" or "environment:app/function", and images."""
         return {
-            f"{app.name}/{tag}": self._definition(self.find(function_id))
+            f"{app.environment and f'{app.environment}:'}{app.name}/{tag}": self._definition(
+                self.find(function_id)
+            )
             for app in self._apps.values()
             for tag, function_id in app.function_ids.items()
         }
@@ -105,6 +110,14 @@ class Deployments:
             function.definition, preserving_proto_field_name=True
         )
         return fields | {"image": self._images.get(function.definition.image_id, [])}
+
+    def image_environment(self, function: Deployed) -> dict[str, str]:
+        """Return what the image's ENV lines set."""
+        lines = self._images.get(function.definition.image_id, [])
+        words = [
+            shlex.split(line.removeprefix("ENV ")) for line in lines if line.startswith("ENV ")
+        ]
+        return dict(word.split("=", 1) for line in words for word in line if "=" in word)
 
     def layout(self, app_id: str) -> pb.AppLayout:
         """Return what a container learns of its app."""
@@ -133,6 +146,9 @@ class Deployments:
             for dependency in function.definition.object_dependencies
         }
 
+    def _named(self, environment: str, name: str) -> App | None:
+        return self._apps.get((_environment(environment), name))
+
     def _app(self, app_id: str) -> App:
         for app in self._apps.values():
             if app.app_id == app_id:
@@ -142,7 +158,7 @@ class Deployments:
     # Looking up.
 
     async def function_get(self, request: pb.FunctionGetRequest) -> Message:
-        app = self._apps.get(request.app_name)
+        app = self._named(request.environment_name, request.app_name)
         if app is None or request.object_tag not in app.function_ids:
             raise self._not_found(app, request.app_name, request.object_tag)
         function = self.find(app.function_ids[request.object_tag])
@@ -162,7 +178,7 @@ class Deployments:
         return GRPCError(Status.NOT_FOUND, f"App '{app_name}' has no function '{tag}'")
 
     async def class_get(self, request: pb.ClassGetRequest) -> Message:
-        app = self._apps.get(request.app_name)
+        app = self._named(request.environment_name, request.app_name)
         if app is None:
             raise GRPCError(Status.NOT_FOUND, f"App '{request.app_name}' not found")
         if request.object_tag not in app.class_ids:
@@ -200,12 +216,12 @@ class Deployments:
     async def app_get_by_deployment_name(
         self, request: pb.AppGetByDeploymentNameRequest
     ) -> Message:
-        app = self._apps.get(request.name)
+        app = self._named(request.environment_name, request.name)
         return pb.AppGetByDeploymentNameResponse(app_id=app.app_id if app else "")
 
     async def app_create(self, request: pb.AppCreateRequest) -> Message:
-        app = App(new_id("ap"), request.description)
-        self._apps[app.app_id] = app  # under its name once it is published
+        app = App(new_id("ap"), request.description, _environment(request.environment_name))
+        self._apps["", app.app_id] = app  # under its name once it is published
         return pb.AppCreateResponse(app_id=app.app_id, app_page_url=f"local/{app.app_id}")
 
     async def app_get_layout(self, request: pb.AppGetLayoutRequest) -> Message:
@@ -216,8 +232,8 @@ class Deployments:
         app.name = request.name
         app.function_ids = dict(request.function_ids)
         app.class_ids = dict(request.class_ids)
-        self._apps.pop(app.app_id, None)
-        self._apps[app.name] = app
+        self._apps.pop(("", app.app_id), None)
+        self._apps[app.environment, app.name] = app
         return pb.AppPublishResponse(url=f"local/{app.app_id}", deployed_at=time.time())
 
     async def function_precreate(self, request: pb.FunctionPrecreateRequest) -> Message:
@@ -272,6 +288,9 @@ class Deployments:
         bases = [line for base in request.image.base_images for line in self._images[base.image_id]]
         self._images[image_id] = bases + list(request.image.dockerfile_commands)
         built = pb.GenericResult(status=pb.GenericResult.GENERIC_STATUS_SUCCESS)
+        if self.build_failure is not None:
+            failure = pb.GenericResult.GENERIC_STATUS_FAILURE
+            built = pb.GenericResult(status=failure, exception=self.build_failure)
         metadata = pb.ImageMetadata(image_builder_version="2025.06")
         return pb.ImageGetOrCreateResponse(image_id=image_id, result=built, metadata=metadata)
 
@@ -303,6 +322,11 @@ class Deployments:
 
     async def secret_get_or_create(self, request: pb.SecretGetOrCreateRequest) -> Message:
         return pb.SecretGetOrCreateResponse(secret_id=f"st-{request.deployment_name or 'local'}")
+
+
+def _environment(name: str) -> str:
+    """Return "" for the default environment, which has two names."""
+    return "" if name == "main" else name
 
 
 def _apply(options: pb.FunctionOptions, definition: pb.Function) -> None:

@@ -66,6 +66,7 @@ class Gateway:
         self._cut = cut
         self._methods: dict[str, Method] = {
             "ClientHello": _hello,
+            "WorkspaceNameLookup": _workspace,
             "FunctionGet": deployments.function_get,
             "ClassGet": deployments.class_get,
             "FunctionBindParams": deployments.function_bind_params,
@@ -174,6 +175,10 @@ def _metadata(stream: ServerStream) -> dict[str, str]:
 
 async def _hello(_request: Message) -> Message:
     return pb.ClientHelloResponse()
+
+
+async def _workspace(_request: Message) -> Message:
+    return pb.WorkspaceNameLookupResponse(workspace_name="local", username="local")
 
 
 async def _nothing(_request: Message) -> Message:

@@ -128,6 +128,9 @@ class Operator:
     async def fail(self, **fault: Any) -> None:
         self._faults.add(Fault(**fault))
 
+    async def fail_builds(self, exception: str) -> None:
+        self._deployments.build_failure = exception
+
     async def black_hole(self, seconds: float | None) -> None:
         self._proxy.swallow()
         self._heal_after(seconds)
@@ -149,6 +152,7 @@ class Operator:
     async def heal(self) -> None:
         self._proxy.heal()
         self._faults.clear()
+        self._deployments.build_failure = None
 
 
 def _result(status: str, exception: str) -> pb.GenericResult:

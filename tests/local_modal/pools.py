@@ -53,6 +53,7 @@ class Pools:
 
     def submit(self, call: Call) -> None:
         pool = self._pool(call.function)
+        pool.function = call.function  # as deployed last; containers that run keep what they had
         pool.queue.append(call)
         self._dispatch(pool)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import SettingsError
-from jobs.settings import ClientSettings, Settings
+from jobs.settings import CallSettings, ClientSettings, Settings
+from modal_functions.config import Config
 
 SECRET = "s3cret-of-at-least-32-characters-x"
 
@@ -70,3 +71,24 @@ def test_a_client_without_a_server_learns_how_to_get_a_token(
     monkeypatch.delenv("PGSCRIBE_TOKEN", raising=False)
     with pytest.raises(SettingsError, match=r"PGSCRIBE_TOKEN: Field required .*pgscribe dev"):
         ClientSettings.load()
+
+
+@pytest.mark.parametrize("name", ["", "transcription"])
+def test_workers_and_deployments_have_one_name_for_the_app(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_MODAL_APP_NAME", name)
+    assert CallSettings.load().modal_app_name == Config.load().app_name
+    monkeypatch.setenv("PGSCRIBE_MODAL_APP_NAME", "two words")
+    with pytest.raises(SettingsError, match="PGSCRIBE_MODAL_APP_NAME"):
+        CallSettings.load()
+
+
+@pytest.mark.parametrize(("gpu", "price"), [("", 0.000222), ("h100!, L4", 0.001097), ("ANY", 0.0)])
+def test_a_gpu_costs_as_much_as_the_first_of_those_that_will_do(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, price: float
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://postgres@db/postgres")
+    monkeypatch.setenv("PGSCRIBE_MODAL_GPU", gpu)
+    settings = Settings.load()
+    assert settings.gpu_second_price == pytest.approx(price + settings.cpu_second_price)
