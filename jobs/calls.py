@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -90,14 +89,26 @@ class CallLog:
         await self._write("fail_call", chunk=call.index, call_id=call.id, **usage)
         call.id = None
 
-    async def store_plan(self, outcome: Outcome) -> Known:
+    async def store_plan(self, call: Call, outcome: Outcome) -> Known:
         """Store what the preparation returned, and return the chunks that are now there."""
-        await self._write("store_plan", plan=Jsonb(outcome.value), **_usage(outcome))
+        await self._write(
+            "store_plan", call_id=call.id, plan=Jsonb(outcome.value), **_usage(outcome)
+        )
         return await self.load()
 
     async def forget_plan(self) -> None:
         """Note that the decoded audio is gone."""
         await self._write("forget_plan")
+
+    async def forget_audio(self) -> None:
+        """Note that all chunks are done: from now on the decoded audio is stray."""
+        await self._write("forget_audio")
+
+    async def release_calls(self) -> tuple[list[str], str | None]:
+        """Give up what runs for the job, which is stray from now on: return calls and audio."""
+        held, calls, audio = await self._execute("release_calls")
+        self._check(held=held)
+        return calls or [], audio
 
     async def store_chunk(self, chunk: Chunk, outcome: Outcome) -> None:
         """Store a chunk's transcript. Raises ``ResultNotStorable``."""
@@ -155,15 +166,15 @@ async def forget_stray_calls(pool: Pool, calls: Sequence[str]) -> None:
     await _call(pool, "forget_stray_calls", calls=list(calls))
 
 
-async def stray_audio(pool: Pool) -> list[UUID]:
-    """Return jobs that have ended and left their decoded audio."""
-    jobs: list[UUID] = await _call(pool, "stray_audio", batch=STRAY_BATCH)
-    return jobs
+async def stray_audio(pool: Pool) -> list[str]:
+    """Return files of decoded audio that nobody reads any more."""
+    files: list[str] = await _call(pool, "stray_audio", batch=STRAY_BATCH)
+    return files
 
 
-async def forget_stray_audio(pool: Pool, jobs: Sequence[UUID]) -> None:
-    """Note that the decoded audio of these jobs has been deleted."""
-    await _call(pool, "forget_stray_audio", jobs=list(jobs))
+async def forget_stray_audio(pool: Pool, files: Sequence[str]) -> None:
+    """Note that these files have been deleted."""
+    await _call(pool, "forget_stray_audio", files=list(files))
 
 
 async def _call(pool: Pool, query: str, **values: Any) -> Any:

@@ -58,7 +58,12 @@ def add_tasks(
         )
 
     @app.periodic(cron="* * * * *")
-    @app.task(name="clean_up", queue=MAINTENANCE, queueing_lock="clean_up")
+    @app.task(
+        name="clean_up",
+        aliases=["cancel_stray_calls"],  # as workers of the version before defer it
+        queue=MAINTENANCE,
+        queueing_lock="clean_up",
+    )
     async def clean_up_after_ended_jobs(timestamp: int) -> None:  # noqa: ARG001
         await clean_up()
 

@@ -6,7 +6,6 @@ missing.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
@@ -49,7 +48,9 @@ from modal_functions.plan import Plan
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
-CANCEL_TIMEOUT = 1.5  # seconds; a cancelled job has stopped after 2
+# A cancelled job has stopped after 2 s, even if the database and the compute side hang.
+NOTE_TIMEOUT = 0.9  # seconds in which a call that is being started may still be noted
+CLEAN_UP_TIMEOUT = 0.9  # seconds; the janitor finds the rest
 CALL_PAUSES = (0.5, 15.0)  # seconds before a lost call is started again, the first and the longest
 MOST_CALLS = 4  # for one chunk in an attempt: the first, and those that replace lost ones
 GONE = "prepared_audio_gone"
@@ -148,12 +149,11 @@ class _Run:
         self._attempt = attempt
         self._options = TranscriptionOptions.from_dict(attempt.options)
         self._log = CallLog(pool, attempt)
-        self._open: set[str] = set()  # ids of calls that this attempt waits for
+        self._unnoted: set[str] = set()  # calls of which the database does not know yet
         self._progress = _Progress()
 
     async def transcript(self) -> Transcript:
         known = await self._log.load()
-        self._open = {call.id for call in (known.preparation, *known.chunks) if call.id}
         writer = asyncio.create_task(self._write_progress())
         try:
             return await self._transcript(known)
@@ -171,18 +171,19 @@ class _Run:
             await self._log.forget_plan()
             plan, chunks = await self._transcribe(await self._log.load())
         transcript = await asyncio.to_thread(_merge, plan, chunks, self._options)
-        await self._log.note_usage(self._limits.gpu_second_price, self._limits.cpu_second_price)
-        await self._discard()
+        await self._log.note_usage(*self._prices)
+        await self._log.forget_audio()
+        await _within(CLEAN_UP_TIMEOUT, self._discard(str(plan.pcm)))
         return transcript
 
     @property
-    def _key(self) -> str:
-        return str(self._attempt.job_id)
+    def _prices(self) -> tuple[float, float]:
+        return self._limits.gpu_second_price, self._limits.cpu_second_price
 
     async def _transcribe(self, known: Known) -> tuple[Plan, list[Chunk]]:
         if known.plan is None:
             outcome = await self._outcome(known.preparation, self._prepare, lambda _: None)
-            known = await self._log.store_plan(outcome)
+            known = await self._log.store_plan(known.preparation, outcome)
         plan = known.plan
         assert plan is not None
         self._progress.start(plan, known.chunks)
@@ -211,7 +212,8 @@ class _Run:
 
     async def _prepare(self) -> Prepare:
         source = await self._storage.locate(self._attempt.file_path)
-        return Prepare(source, self._key, self._options.preprocessing, self._limits.audio_seconds)
+        key, longest = str(self._attempt.job_id), self._limits.audio_seconds
+        return Prepare(source, key, self._options.preprocessing, longest)
 
     # One call
 
@@ -226,19 +228,17 @@ class _Run:
                 outcome = await self._wait(call.id, report)
             except CallLost:
                 logger.warning("Call %s was lost and is started again", call.id)
-                await self._forget(call)
+                await self._log.forget_call(call)
                 await backoff.sleep()  # what lost one may lose the next as well
             except ComputeUnavailable:
                 raise  # it goes on, for the next attempt
             except TranscriptionFailed as exc:
-                self._open.discard(call.id)
                 await self._log.fail_call(call, exc)
                 raise
             except PgscribeError:
-                await self._forget(call)
+                await self._log.forget_call(call)
                 raise
             else:
-                self._open.discard(call.id)
                 return outcome
         raise CallLost
 
@@ -246,27 +246,24 @@ class _Run:
         """Start a call and note it. In between, and only there, a crash loses a call."""
         request = await make_request()
         call_id = await self._patiently(lambda: self._compute.spawn(request))
-        self._open.add(call_id)
+        self._unnoted.add(call_id)
         try:
             await self._log.note_call(call, call_id)
         except AttemptLost:
-            await self._cancel([call_id])
+            await _within(CLEAN_UP_TIMEOUT, self._compute.cancel(call_id))
             raise
+        self._unnoted.remove(call_id)
 
     async def _wait(self, call_id: str, report: OnProgress) -> Outcome:
         try:
             async with asyncio.timeout(self._limits.call):
                 return await self._patiently(lambda: self._compute.result(call_id, report))
         except TimeoutError as exc:
-            await self._cancel([call_id])
+            await _within(CLEAN_UP_TIMEOUT, self._compute.cancel(call_id))
             raise CallTimeout(
                 f"A call took longer than the limit of {self._limits.call:g} s; "
                 "see PGSCRIBE_CALL_TIMEOUT"
             ) from exc
-
-    async def _forget(self, call: Call) -> None:
-        self._open.discard(call.id or "")
-        await self._log.forget_call(call)
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask again for as long as the compute side may be out of reach."""
@@ -283,36 +280,31 @@ class _Run:
                 logger.warning("Asked again in a moment: %s", exc)
                 await backoff.sleep()
 
-    async def clean_up(self) -> None:
-        """Cancel all calls that run for this job, and delete its decoded audio."""
-        await asyncio.gather(
-            self._cancel(list(self._open)), self._discard_for_good(), self.note_usage()
-        )
-
     async def note_usage(self) -> None:
         """Add up on the job's row what its calls took so far, unless that takes too long."""
-        prices = self._limits.gpu_second_price, self._limits.cpu_second_price
-        with contextlib.suppress(PgscribeError, TimeoutError):
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await self._log.note_usage(*prices)
+        await _within(CLEAN_UP_TIMEOUT, self._log.note_usage(*self._prices))
 
-    async def _discard(self) -> None:
-        # It goes with age, too; nobody waits for that.
-        with contextlib.suppress(PgscribeError, TimeoutError):
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await self._compute.discard(self._key)
+    async def clean_up(self) -> None:
+        """Stop all that runs for this job and delete its decoded audio, unless it was lost."""
+        await _within(CLEAN_UP_TIMEOUT, self._clean_up())
 
-    async def _discard_for_good(self) -> None:
-        with contextlib.suppress(PgscribeError, TimeoutError):  # the janitor finds it
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await self._compute.discard(self._key)
-                await self._log.forget_plan()
+    async def _clean_up(self) -> None:
+        await _all(_done(list(self._unnoted), self._compute.cancel), self._release())
 
-    async def _cancel(self, call_ids: Sequence[str]) -> None:
-        # What is missed here is found by the janitor: see jobs/tasks.py.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CANCEL_TIMEOUT):
-                await asyncio.gather(*map(self._compute.cancel, call_ids), return_exceptions=True)
+    async def _release(self) -> None:
+        calls, audio = await self._log.release_calls()  # none of those that another attempt has
+        work = [self._log.note_usage(*self._prices)]
+        if calls:
+            work.append(self._cancel(calls))
+        if audio:
+            work.append(self._discard(audio))
+        await _all(*work)
+
+    async def _cancel(self, calls: Sequence[str]) -> None:
+        await forget_stray_calls(self._pool, await _done(calls, self._compute.cancel))
+
+    async def _discard(self, audio: str) -> None:
+        await forget_stray_audio(self._pool, await _done([audio], self._compute.discard))
 
     # Progress
 
@@ -376,8 +368,8 @@ async def cancel_stray_calls(pool: Pool, compute: Compute) -> int:
 
 
 async def discard_stray_audio(pool: Pool, compute: Compute) -> int:
-    """Delete decoded audio that jobs have left which failed or were cancelled; return how many."""
-    discarded = await _done(await stray_audio(pool), lambda job: compute.discard(str(job)))
+    """Delete decoded audio that nobody reads any more, and return how many files."""
+    discarded = await _done(await stray_audio(pool), compute.discard)
     await forget_stray_audio(pool, discarded)
     return len(discarded)
 
@@ -417,7 +409,35 @@ async def _unless_killed(coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task], timeout=CANCEL_TIMEOUT)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await _within(NOTE_TIMEOUT, task)
         raise
+
+
+async def _all(*work: Awaitable[object]) -> None:
+    """Let all come to their end, whatever goes wrong with one; raise what first did."""
+    for answer in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer
+
+
+_abandoned: set[asyncio.Future[Any]] = set()
+
+
+async def _within(seconds: float, work: Awaitable[None]) -> None:
+    """Let it come to its end if that takes no longer; what goes wrong with it is only logged.
+
+    What takes longer is cancelled and not waited for: a statement that hangs takes seconds to end.
+    """
+    task = asyncio.ensure_future(work)
+    _abandoned.add(task)
+    task.add_done_callback(_report)
+    await asyncio.wait([task], timeout=seconds)
+    task.cancel()
+
+
+def _report(task: asyncio.Future[Any]) -> None:
+    _abandoned.discard(task)
+    if task.cancelled():
+        logger.warning("Cleaning up took too long; the janitor does the rest")
+    elif not isinstance(task.exception(), AttemptLost | None):
+        logger.warning("Not all was cleaned up; the janitor does the rest: %r", task.exception())

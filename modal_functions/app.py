@@ -48,6 +48,7 @@ _MODULES: Final = {
     _FASTER_WHISPER: ("faster_whisper",),
     _OPENAI_WHISPER: ("whisper", "whisper.transcribe"),
 }
+_CUBLAS: Final = "/usr/local/lib/python3.11/site-packages/nvidia/cublas/lib"
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 config = Config.load()
@@ -62,17 +63,18 @@ cpu_image = (
     .env(config.environment())
     .add_local_python_source("modal_functions")
 )
-# torch's Linux wheels bring the CUDA libraries that CTranslate2 needs as well.
+# CTranslate2 needs cuBLAS 12, and finds it only there; torch may bring another version.
 gpu_image = (
     _base_image.uv_pip_install(
         "ctranslate2==4.8.5",
         "faster-whisper==1.2.1",
         "ffmpeg-python==0.2.0",
         "numpy==2.4.6",
+        "nvidia-cublas-cu12>=12.4,<13",
         "openai-whisper==20250625",
         "torch==2.13.0",
     )
-    .env(config.environment())
+    .env(config.environment() | {"LD_LIBRARY_PATH": _CUBLAS})
     .add_local_python_source("modal_functions")
 )
 
@@ -103,14 +105,14 @@ def _answer(machine: str, function: Callable[[], Answer]) -> Answer:
     return {**answer, "usage": usage}
 
 
-def _decoded(key: str, which: str) -> Path:
-    """Return the path of one of a key's files: each preparation makes its own.
+def _new_file(key: str) -> Path:
+    """Return the path for a file of its own: nobody then reads or deletes it for another.
 
-    A container that has read one does not see what another has put in its place since.
+    A container that has read a file does not see what another has put in its place since.
     """
     if not _KEY.fullmatch(key):
         raise InvalidOptions("key", "must be 1 to 200 letters, digits, '_' or '-'")
-    return _audio_dir() / f"{key}.{which}.pcm"
+    return _audio_dir() / f"{key}.{uuid4().hex}.pcm"
 
 
 def _discard_old() -> None:
@@ -149,7 +151,7 @@ def prepare_audio(  # noqa: PLR0913 - called by name
     from modal_functions.transcription import prepare
 
     def work() -> Answer:
-        path = _decoded(key, uuid4().hex)
+        path = _new_file(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard_old()
         part = path.with_name(f".{path.name}")
@@ -179,10 +181,11 @@ def prepare_audio(  # noqa: PLR0913 - called by name
     max_containers=config.prepare_max_containers,
     scaledown_window=config.scaledown_window,
 )
-def discard_audio(key: str) -> None:
-    """Delete the files of that key, if there are any."""
+def discard_audio(pcm: str) -> None:
+    """Delete a plan's file, if it is there."""
     _reload()
-    for path in _audio_dir().glob(_decoded(key, "*").name):
+    path = _audio_dir() / Path(pcm).name
+    if path.suffix == ".pcm":
         path.unlink(missing_ok=True)
     _commit(audio)
 
@@ -336,7 +339,7 @@ if config.supabase_secret:
     @app.function(
         image=status_image,
         secrets=[modal.Secret.from_name(config.supabase_secret, required_keys=["SUPABASE_URL"])],
-        timeout=120,  # three tries, whose waits are bounded one by one
+        timeout=300,  # three tries, whose waits are bounded one by one
         retries=0,  # it tries again itself
         max_containers=config.prepare_max_containers,
         scaledown_window=config.scaledown_window,

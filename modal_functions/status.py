@@ -155,7 +155,12 @@ def _send(url: str, key: str, report: dict[str, Any]) -> dict[str, Any]:
 
     # A client of our own: supabase's would follow redirects and take the key along, and speaks
     # HTTP/2, whose library logs all headers.
-    with httpx.Client(timeout=TIMEOUT) as http:
+    statuses: list[int] = []  # of the answers; not all that a gateway says has a code
+
+    def remember(response: httpx.Response) -> None:
+        statuses.append(response.status_code)
+
+    with httpx.Client(timeout=TIMEOUT, event_hooks={"response": [remember]}) as http:
         options = supabase.ClientOptions(
             httpx_client=http, auto_refresh_token=False, persist_session=False
         )
@@ -165,11 +170,11 @@ def _send(url: str, key: str, report: dict[str, Any]) -> dict[str, Any]:
             try:
                 row = client.rpc("report_progress", report).execute().data
             except supabase.PostgrestAPIError as exc:
-                problem = _refusal(exc.message, exc.code, exc.hint, key)
-            except httpx.HTTPError as exc:
+                problem = _refusal(exc.message, exc.code or str(statuses[-1]), exc.hint, key)
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as exc:
                 problem = _silence(f"{type(exc).__name__}: {exc}", key)
             else:
-                if isinstance(row, dict) and row.get("status"):
+                if isinstance(row, dict) and row.get("id") and row.get("status"):
                     return row
                 problem = ReportRefused(
                     "The answer is no job", "200", "Is SUPABASE_URL the project's URL?"

@@ -7,7 +7,8 @@ it (of 1,500 words, 190; without times 5, as many as one after another). Segment
 words' times.
 
 The pipeline takes the first text that it gets. What Whisper would not take (it repeats itself, or
-is unlikely) is decoded again by itself, which tries rising temperatures.
+is unlikely) is decoded again by itself, which tries rising temperatures; so is what came to the
+end of Whisper's memory, 224 tokens, as speech in scripts that take many of them does.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,9 @@ MAX_SECONDS: Final = 29.0
 _MAX_COMPRESSION_RATIO: Final = 2.4
 _MIN_LOGPROB: Final = -1.0
 _MAX_NO_SPEECH: Final = 0.6
+
+_MAX_TOKENS: Final = 215  # 224, less what leads up to the text, and some more
+_TIMESTAMPS: Final = 1501  # tokens, from 0 to 30 s in steps of 20 ms
 
 _PAUSE: Final = 0.8  # seconds between two words that are two segments
 _SENTENCE_ENDS: Final = frozenset(".?!…\u3002\uff1f\uff01")
@@ -55,6 +59,7 @@ def transcribe_windows(
         clip_timestamps=[dict(zip(("start", "end"), w.seconds, strict=True)) for w in windows],
         without_timestamps=True,
         word_timestamps=True,
+        suppress_tokens=[-1, *_timestamps(whisper)],  # text behind one would be dropped
         **decoding,
     )
 
@@ -70,13 +75,20 @@ def transcribe_windows(
     return segments(), info.language
 
 
+def _timestamps(whisper: Any) -> range:
+    first = whisper.hf_tokenizer.token_to_id("<|notimestamps|>") + 1
+    return range(first, first + _TIMESTAMPS)
+
+
 def _is_silence(segment: Any) -> bool:
     return bool(segment.no_speech_prob > _MAX_NO_SPEECH and segment.avg_logprob < _MIN_LOGPROB)
 
 
 def _is_acceptable(segment: Any) -> bool:
     return _is_silence(segment) or bool(
-        segment.compression_ratio <= _MAX_COMPRESSION_RATIO and segment.avg_logprob >= _MIN_LOGPROB
+        segment.compression_ratio <= _MAX_COMPRESSION_RATIO
+        and segment.avg_logprob >= _MIN_LOGPROB
+        and len(segment.tokens) <= _MAX_TOKENS
     )
 
 

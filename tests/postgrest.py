@@ -30,7 +30,7 @@ from psycopg.conninfo import make_conninfo
 
 Answer = tuple[int, Mapping[str, Any]]
 # A status is a gateway's, with a page for people; "request" and "answer" say what gets lost.
-Fault = int | Literal["request", "answer", "wait"]
+Fault = int | Literal["request", "answer", "wait", "gateway"]
 
 RPC = "/rest/v1/rpc/"
 # https://docs.postgrest.org/en/v14/references/errors.html, the first that fits; others are 400.
@@ -178,6 +178,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fault = project.faults.popleft() if project.faults else None
         if isinstance(fault, int):
             self._send(fault, "text/html", b"<h1>upstream connect error</h1>")
+            return
+        if fault == "gateway":  # Kong, whose errors have no code
+            self._send(503, "application/json", b'{"message": "name resolution failed"}')
             return
         if fault == "wait":
             self.server.stopping.wait(60)

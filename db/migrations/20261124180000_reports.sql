@@ -34,7 +34,7 @@ declare
   job public.processing_jobs;
   -- Whoever counts what is done reports 1 at the end, and that is no mistake to fail on. But 1 says that there
   -- is a result to read, and only the queue knows.
-  reached real := least(report_progress.progress, 0.99);
+  reached real := case when report_progress.progress is not null then least(report_progress.progress, 0.99) end;
 begin
   if report_progress.progress not between 0 and 1 then  -- as is NaN
     perform pgscribe.reject('progress', 'must be from 0 to 1, not ' || report_progress.progress,

@@ -38,6 +38,26 @@ begin
 end $$;
 comment on function pgscribe.fail_call is 'Notes that a call has returned an error, and what it took.';
 
+create or replace function pgscribe.note_usage(job uuid, attempt integer, gpu_second_price double precision, cpu_second_price double precision)
+returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if not pgscribe.hold_attempt(job, attempt) then
+    return false;
+  end if;
+  update public.processing_jobs p set updated_at = now(), usage = (
+      select jsonb_build_object('calls', sum(u.calls), 'gpu_seconds', round(sum(u.gpu)::numeric, 3),
+               'cpu_seconds', round(sum(u.cpu)::numeric, 3),
+               'estimated_cost', round((sum(u.gpu) * gpu_second_price + sum(u.cpu) * cpu_second_price)::numeric, 6))
+        from (select c.calls, c.gpu_seconds, c.cpu_seconds from public.processing_job_chunks c where c.job_id = job
+              union all
+              select r.calls, r.gpu_seconds, r.cpu_seconds from pgscribe.preparations r where r.job_id = job) u (calls, gpu, cpu)
+      having count(*) > 0)
+   where p.id = job;
+  return true;
+end $$;
+comment on function pgscribe.note_usage is 'Adds up what a job''s calls took, on its row: nothing where there was none.';
+
 -- As modal_functions.transcript.join_text: some languages put nothing between words.
 create or replace function public.partial_transcript(job_id uuid, out ready integer, out chunks integer, out text text)
 language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
@@ -54,46 +74,127 @@ language sql stable security invoker set search_path = pg_catalog, pg_temp as $$
     from counted n
 $$;
 
--- Decoded audio that nobody reads any more ------------------------------------------------------------------
+-- Decoded audio ----------------------------------------------------------------------------------------------
+
+alter table pgscribe.preparations add column audio text;
+comment on column pgscribe.preparations.audio is 'The file that the plan was made of, as long as somebody may read it.';
+update pgscribe.preparations set audio = plan ->> 'pcm';
 
 create table pgscribe.stray_audio (
-  job_id uuid primary key,
+  audio text primary key,
   since timestamptz not null default now()
 );
-comment on table pgscribe.stray_audio is 'Jobs that have failed or were cancelled while their decoded audio was there; it is deleted, and forgotten here.';
+comment on table pgscribe.stray_audio is 'Files of decoded audio that nobody reads any more; they are deleted, and forgotten here.';
+
+create function pgscribe.store_plan(
+  job uuid, attempt integer, call text, plan jsonb, cpu_seconds double precision, gpu_seconds double precision)
+returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  stored pgscribe.preparations;
+begin
+  if not pgscribe.hold_attempt(job, attempt) then
+    return false;
+  end if;
+  select * into stored from pgscribe.preparations r where r.job_id = job and r.call_id = call;
+  if stored.job_id is null then  -- it was stored already, and the answer got lost
+    return true;
+  end if;
+  insert into pgscribe.stray_audio (audio) select stored.audio where stored.audio <> store_plan.plan ->> 'pcm' on conflict do nothing;
+  update pgscribe.preparations r set call_id = null, plan = store_plan.plan, audio = store_plan.plan ->> 'pcm',
+         cpu_seconds = r.cpu_seconds + store_plan.cpu_seconds, gpu_seconds = r.gpu_seconds + store_plan.gpu_seconds
+   where r.job_id = job;
+  -- After a second preparation the finished chunks stay as long as they are the same spans.
+  delete from public.processing_job_chunks c where c.job_id = job and not exists (
+    select from jsonb_array_elements(store_plan.plan -> 'spans') with ordinality s (span, place)
+     where s.place - 1 = c.index and c.start_seconds = (s.span ->> 'start')::float8 / 16000
+       and c.end_seconds = (s.span ->> 'end')::float8 / 16000);
+  insert into public.processing_job_chunks (job_id, index, start_seconds, end_seconds)
+  select job, s.place - 1, (s.span ->> 'start')::float8 / 16000, (s.span ->> 'end')::float8 / 16000
+    from jsonb_array_elements(store_plan.plan -> 'spans') with ordinality s (span, place)
+  on conflict do nothing;
+  update public.processing_jobs p set audio_seconds = (store_plan.plan ->> 'duration')::float8, updated_at = now() where p.id = job;
+  return true;
+end $$;
+comment on function pgscribe.store_plan(uuid, integer, text, jsonb, double precision, double precision) is
+  'Stores what a preparation''s call returned: the spans become chunks, the length is known from now on. Doing it again changes nothing.';
+
+-- For workers of the version before.
+create or replace function pgscribe.store_plan(job uuid, attempt integer, plan jsonb, cpu_seconds double precision, gpu_seconds double precision)
+returns boolean
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select pgscribe.store_plan(job, attempt, (select r.call_id from pgscribe.preparations r where r.job_id = job), plan, cpu_seconds, gpu_seconds)
+$$;
+
+create or replace function pgscribe.forget_plan(job uuid, attempt integer) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if not pgscribe.hold_attempt(job, attempt) then
+    return false;
+  end if;
+  update pgscribe.preparations r set plan = null, audio = null where r.job_id = job;
+  return true;
+end $$;
+
+create function pgscribe.forget_audio(job uuid, attempt integer) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if not pgscribe.hold_attempt(job, attempt) then
+    return false;
+  end if;
+  insert into pgscribe.stray_audio (audio) select r.audio from pgscribe.preparations r
+   where r.job_id = job and r.audio is not null on conflict do nothing;
+  update pgscribe.preparations r set audio = null where r.job_id = job;
+  return true;
+end $$;
+comment on function pgscribe.forget_audio is 'Notes that all chunks are done: the decoded audio is to be deleted.';
+
+create function pgscribe.release_calls(job uuid, attempt integer, out held boolean, out calls text[], out audio text)
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  held := pgscribe.hold_attempt(job, attempt);
+  if not held then
+    return;
+  end if;
+  select r.audio, array_remove(array_agg(c.call_id) || r.call_id, null) into audio, calls
+    from pgscribe.preparations r left join public.processing_job_chunks c on c.job_id = r.job_id
+   where r.job_id = job group by r.job_id;
+  update public.processing_job_chunks c set call_id = null where c.job_id = job and c.call_id is not null;
+  update pgscribe.preparations r set call_id = null, plan = null, audio = null where r.job_id = job;
+  insert into pgscribe.stray_calls (call_id) select unnest(calls) on conflict do nothing;
+  insert into pgscribe.stray_audio (audio) select release_calls.audio where release_calls.audio is not null on conflict do nothing;
+end $$;
+comment on function pgscribe.release_calls is
+  'Gives up what an attempt that ends for good has running: these calls and this file are nobody''s any more. Cancel and delete them, then forget_stray_calls and forget_stray_audio.';
 
 create function pgscribe.keep_stray_audio() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  insert into pgscribe.stray_audio (job_id)
-  select r.job_id from pgscribe.preparations r where r.job_id = new.id and r.plan is not null on conflict do nothing;
+  if tg_op = 'DELETE' then
+    insert into pgscribe.stray_audio (audio) values (old.audio) on conflict do nothing;
+  else  -- whoever retries the job has its audio decoded again, to another file
+    insert into pgscribe.stray_audio (audio) select r.audio from pgscribe.preparations r
+     where r.job_id = new.id and r.audio is not null on conflict do nothing;
+    update pgscribe.preparations r set plan = null, audio = null where r.job_id = new.id and r.audio is not null;
+  end if;
   return null;
 end $$;
 create trigger keep_stray_audio after update of status on public.processing_jobs
-  for each row when (old.status = 'processing' and new.status in ('failed', 'cancelled')) execute function pgscribe.keep_stray_audio();
+  for each row when (new.status in ('failed', 'cancelled') and old.status in ('queued', 'processing'))
+  execute function pgscribe.keep_stray_audio();
+create trigger keep_stray_audio after delete on pgscribe.preparations
+  for each row when (old.audio is not null) execute function pgscribe.keep_stray_audio();
 
-create function pgscribe.stray_audio(batch integer) returns uuid[]
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  wanted uuid[];
-  ended uuid[];
-begin
-  wanted := array(select s.job_id from pgscribe.stray_audio s order by s.since limit batch for update skip locked);
-  ended := array(select p.id from public.processing_jobs p
-    where p.id = any (wanted) and p.status in ('failed', 'cancelled') for no key update of p);
-  -- Those that were retried meanwhile go on with what is there.
-  delete from pgscribe.stray_audio s where s.job_id = any (wanted) and s.job_id <> all (ended);
-  -- Those that are retried from now on have theirs decoded again.
-  update pgscribe.preparations r set plan = null where r.job_id = any (ended) and r.plan is not null;
-  return ended;
-end $$;
-comment on function pgscribe.stray_audio is 'Jobs whose decoded audio is to be deleted. Delete it, then forget_stray_audio.';
-
-create function pgscribe.forget_stray_audio(jobs uuid[]) returns void
-language sql volatile set search_path = pg_catalog, pg_temp as $$
-  delete from pgscribe.stray_audio s where s.job_id = any (jobs)
+create function pgscribe.stray_audio(batch integer) returns text[]
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select array(select s.audio from pgscribe.stray_audio s order by s.since limit batch)
 $$;
-comment on function pgscribe.forget_stray_audio is 'Notes that the decoded audio of these jobs has been deleted.';
+comment on function pgscribe.stray_audio is 'Files of decoded audio that are to be deleted. Delete them, then forget_stray_audio.';
 
-revoke execute on function pgscribe.fail_call, pgscribe.keep_stray_audio, pgscribe.stray_audio, pgscribe.forget_stray_audio
-  from public, anon, authenticated, service_role;
+create function pgscribe.forget_stray_audio(files text[]) returns void
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  delete from pgscribe.stray_audio s where s.audio = any (files)
+$$;
+comment on function pgscribe.forget_stray_audio is 'Notes that these files have been deleted.';
+
+revoke execute on all functions in schema pgscribe from public, anon, authenticated, service_role;

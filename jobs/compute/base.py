@@ -24,7 +24,9 @@ OnProgress = Callable[[float], None]
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Call ``prepare``. ``source`` is what ffmpeg can read; ``key`` names the decoded file.
+    """Call ``prepare``. ``source`` is what ffmpeg can read; ``key`` begins the file's name.
+
+    Each call makes a file of its own, so nobody deletes what another one reads.
 
     ``max_seconds`` is the longest that the recording may be. Its spans are ``min_span`` to
     ``max_span`` seconds long, or what the compute side finds best.
@@ -102,6 +104,6 @@ class Compute(Protocol):
         """Stop a call, if it still runs; its result is then lost."""
         ...
 
-    async def discard(self, key: str) -> None:
-        """Delete the file that ``prepare`` decoded, if there is one."""
+    async def discard(self, pcm: str) -> None:
+        """Delete a file that ``prepare`` decoded, a plan's ``pcm``, if it is there."""
         ...

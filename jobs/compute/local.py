@@ -367,7 +367,7 @@ class LocalCompute:
                 "max_seconds": request.max_seconds,
                 "min_span": request.min_span,
                 "max_span": request.max_span,
-                "pcm": str(self._decoded(request.key)),
+                "pcm": str(self._decoded(f"{request.key}.{call_id}.pcm")),
                 "unfinished": str(self._scratch / f".{call_id}.pcm"),
             }
         return {
@@ -375,14 +375,14 @@ class LocalCompute:
             "model": request.options.model,
             "options": request.options.to_dict(),
             # Wherever it was when it was prepared: this is the only folder that may be read.
-            "pcm": str(self._scratch / Path(request.pcm).name),
+            "pcm": str(self._decoded(Path(request.pcm).name)),
             "span": dataclasses.asdict(request.span),
         }
 
-    def _decoded(self, key: str) -> Path:
-        path = self._scratch / f"{key}.pcm"
+    def _decoded(self, name: str) -> Path:
+        path = self._scratch / name
         if path.parent != self._scratch:
-            raise ValueError(f"{key!r} is not usable as the name of a file")
+            raise ValueError(f"{name!r} is not usable as the name of a file")
         return path
 
     async def result(self, call_id: str, on_progress: OnProgress) -> Outcome:
@@ -405,9 +405,9 @@ class LocalCompute:
         is_prepare = call.message["function"] == "prepare"
         await self._lanes[Prepare if is_prepare else Transcribe].drop(call)
 
-    async def discard(self, key: str) -> None:
-        """Delete the file that ``prepare`` decoded, if there is one, and forgotten ones with it."""
-        await asyncio.to_thread(_delete, self._decoded(key))
+    async def discard(self, pcm: str) -> None:
+        """Delete a file that ``prepare`` decoded, if it is there, and forgotten ones with it."""
+        await asyncio.to_thread(_delete, self._decoded(Path(pcm).name))
         await asyncio.to_thread(_tidy, self._scratch)
 
 

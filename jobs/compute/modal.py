@@ -187,13 +187,13 @@ class ModalCompute:
         except CallLost:
             pass  # nothing is left to be cancelled
 
-    async def discard(self, key: str) -> None:
+    async def discard(self, pcm: str) -> None:
         """Delete a decoded file; see ``Compute``. Nobody waits for that."""
         with _explained(self._app):
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 client = await self._connection.client()
                 discard = modal.Function.from_name(self._app, DISCARD, client=client)
-                await discard.spawn.aio(key=key)
+                await discard.spawn.aio(pcm=pcm)
 
 
 @contextmanager

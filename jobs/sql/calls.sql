@@ -15,10 +15,17 @@ select pgscribe.fail_call(
   %(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s, %(cpu_seconds)s, %(gpu_seconds)s)
 
 -- store_plan --
-select pgscribe.store_plan(%(job_id)s, %(attempt)s, %(plan)s, %(cpu_seconds)s, %(gpu_seconds)s)
+select pgscribe.store_plan(
+  %(job_id)s, %(attempt)s, %(call_id)s, %(plan)s, %(cpu_seconds)s, %(gpu_seconds)s)
 
 -- forget_plan --
 select pgscribe.forget_plan(%(job_id)s, %(attempt)s)
+
+-- forget_audio --
+select pgscribe.forget_audio(%(job_id)s, %(attempt)s)
+
+-- release_calls --
+select held, calls, audio from pgscribe.release_calls(%(job_id)s, %(attempt)s)
 
 -- store_chunk --
 select pgscribe.store_chunk(
@@ -37,4 +44,4 @@ select pgscribe.forget_stray_calls(%(calls)s)
 select pgscribe.stray_audio(%(batch)s)
 
 -- forget_stray_audio --
-select pgscribe.forget_stray_audio(%(jobs)s)
+select pgscribe.forget_stray_audio(%(files)s)

@@ -158,7 +158,7 @@ class ScriptedCompute:
     async def cancel(self, call_id: str) -> None:
         pass
 
-    async def discard(self, key: str) -> None:
+    async def discard(self, pcm: str) -> None:
         pass
 
 
@@ -197,8 +197,8 @@ class ScriptedTranscriber(Transcriber):
 
 
 class ScriptedCallLog(CallLog):
-    async def store_plan(self, outcome: Outcome) -> Known:
-        known = await super().store_plan(outcome)
+    async def store_plan(self, call: Call, outcome: Outcome) -> Known:
+        known = await super().store_plan(call, outcome)
         if KILL_AT == "after the plan is stored":
             die()
         return known
@@ -220,6 +220,11 @@ class ScriptedCallLog(CallLog):
     async def note_usage(self, gpu_second_price: float, cpu_second_price: float) -> None:
         await super().note_usage(gpu_second_price, cpu_second_price)
         if KILL_AT == "after the usage is noted":
+            die()
+
+    async def forget_audio(self) -> None:
+        await super().forget_audio()
+        if KILL_AT == "after the audio is forgotten":
             die()
 
 

@@ -30,8 +30,8 @@ def prepare_audio(
 
 
 @app.function()
-def discard_audio(key: str) -> None:
-    assert key
+def discard_audio(pcm: str) -> None:
+    assert pcm.endswith(".pcm")
 
 
 @app.cls(max_containers=2)

@@ -38,6 +38,7 @@ WHILE_WORKING = (
     "during the chunk's storing",
     "after the chunk is stored",
     "after the usage is noted",
+    "after the audio is forgotten",
     "before the end",
     "during the end",
     "after the end",

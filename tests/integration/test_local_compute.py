@@ -131,7 +131,7 @@ async def test_a_recording_becomes_a_plan_and_that_a_transcript(
     outcome = await end(compute, call_id)
     plan = Plan.from_dict(outcome.value)
     assert plan.duration == pytest.approx(58.2, abs=0.2)
-    assert plan.pcm == settings.scratch_dir / "job.pcm"
+    assert plan.pcm == settings.scratch_dir / f"job.{call_id}.pcm"
     assert plan.pcm.stat().st_size == 2 * plan.sample_count
     assert list(settings.scratch_dir.iterdir()) == [plan.pcm]
     assert outcome.usage.cpu_seconds > 0
@@ -168,7 +168,7 @@ async def test_what_is_wrong_is_told_and_leaves_no_file(
                 await end(compute, call_id)
             assert (caught.value.code, caught.value.retryable) == (code, retryable)
             assert str(tmp_path) not in str(caught.value)
-    assert [path.name for path in settings.scratch_dir.iterdir()] == ["job.pcm"]
+    assert list(settings.scratch_dir.iterdir()) == [plan.pcm]
 
 
 async def test_prepared_audio_can_be_gone_or_cut_off(compute: LocalCompute, clip: Path) -> None:
@@ -178,25 +178,25 @@ async def test_prepared_audio_can_be_gone_or_cut_off(compute: LocalCompute, clip
         with pytest.raises(TranscriptionFailed, match="prepared again") as caught:
             await end(compute, await compute.spawn(whole(plan)))
         assert (caught.value.code, caught.value.retryable) == ("prepared_audio_gone", True)
-        await compute.discard("job")
+        await compute.discard(str(plan.pcm))
         assert not plan.pcm.exists()
-    await compute.discard("job")
 
 
 async def test_only_the_scratch_folder_is_read_and_written(
     compute: LocalCompute, settings: Settings, clip: Path, tmp_path: Path
 ) -> None:
     plan = await prepared(compute, clip)
-    elsewhere = replace(plan, pcm=tmp_path / "moved" / "job.pcm")
+    elsewhere = replace(plan, pcm=tmp_path / "moved" / plan.pcm.name)
     assert (await end(compute, await compute.spawn(whole(elsewhere)))).value["text"]
-    plan.pcm.rename(tmp_path / "job.pcm")
+    moved = plan.pcm.rename(tmp_path / plan.pcm.name)
     with pytest.raises(TranscriptionFailed):
-        await end(compute, await compute.spawn(whole(replace(plan, pcm=tmp_path / "job.pcm"))))
+        await end(compute, await compute.spawn(whole(replace(plan, pcm=moved))))
     for key in ("../job", "a/b", "/job"):
         with pytest.raises(ValueError, match="not usable"):
             await compute.spawn(to_prepare(clip, key))
-        with pytest.raises(ValueError, match="not usable"):
-            await compute.discard(key)
+        await compute.discard(f"{tmp_path}/{key}")
+    await compute.discard(str(moved))
+    assert moved.exists()
     assert list(settings.scratch_dir.iterdir()) == []
 
 
@@ -419,7 +419,7 @@ async def test_what_was_left_in_the_scratch_folder_goes_after_a_day(settings: Se
     async with LocalCompute(settings) as compute:
         assert {path.name for path in scratch.iterdir()} == {"new.pcm", "notes.txt"}
         os.utime(scratch / "new.pcm", (old, old))
-        await compute.discard("another")
+        await compute.discard("another.pcm")
         assert {path.name for path in scratch.iterdir()} == {"notes.txt"}
 
 

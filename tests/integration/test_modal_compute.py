@@ -68,7 +68,7 @@ async def test_calls_return_what_the_functions_do(compute: ModalCompute) -> None
     assert transcript.value["language"] == "de"
     assert transcript.value["engine"] == "faster-whisper"
     assert transcript.usage.gpu_seconds == pytest.approx(0.3)
-    await compute.discard("key")
+    await compute.discard("/audio/key.pcm")
 
 
 async def test_another_process_waits_for_the_same_call(

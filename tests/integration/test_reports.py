@@ -144,16 +144,17 @@ def test_progress_never_goes_back_and_never_says_completed(
 
 @pytest.mark.usefixtures("project")
 def test_a_note_is_kept_replaced_and_removed(conn: psycopg.Connection, job: UUID) -> None:
-    for report, note in (
-        ({"note": "first"}, "first"),
-        ({"progress": 0.5}, "first"),
-        ({"note": None}, "first"),
-        (None, "first"),
-        ({"note": "x" * 500}, "x" * 500),
-        ({"note": ""}, None),
+    for report, note, progress in (
+        ({"note": "first"}, "first", 0.0),
+        ({"progress": 0.5}, "first", 0.5),
+        ({"note": None}, "first", 0.5),
+        (None, "first", 0.5),
+        ({"note": "x" * 500}, "x" * 500, 0.5),
+        ({"note": ""}, None, 0.5),
     ):
-        assert update_job_status(str(job), "processing", report)["note"] == note
-        assert read(conn, "note") == (note,)
+        answer = update_job_status(str(job), "processing", report)
+        assert (answer["note"], answer["progress"]) == (note, progress)
+        assert read(conn, "note, progress") == (note, progress)
 
 
 @pytest.mark.usefixtures("project")
@@ -329,7 +330,7 @@ def test_an_unusable_secret_is_named_without_its_value(
     assert project.requests == []
 
 
-@pytest.mark.parametrize("fault", ["request", "answer", 502, 503, 504])
+@pytest.mark.parametrize("fault", ["request", "answer", "gateway", 502, 503, 504])
 def test_what_passes_is_tried_again(
     project: LocalSupabase, conn: psycopg.Connection, job: UUID, fault: postgrest.Fault
 ) -> None:

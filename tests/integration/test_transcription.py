@@ -4,10 +4,12 @@ The compute side is scripted, so that each failure comes at a known moment; the 
 """
 
 import asyncio
+import contextlib
 import functools
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
@@ -17,10 +19,12 @@ import pytest
 from psycopg.rows import dict_row
 
 from jobs import database
+from jobs.calls import CallLog
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe, Usage
 from jobs.database import Pool
 from jobs.errors import (
     AttemptLost,
+    AudioNotFound,
     CallLost,
     CallTimeout,
     ComputeUnavailable,
@@ -138,8 +142,9 @@ class Cloud:
         self._answer()
         self.cancelled.add(call_id)
 
-    async def discard(self, key: str) -> None:
-        self.discarded.append(key)
+    async def discard(self, pcm: str) -> None:
+        self._answer()
+        self.discarded.append(pcm)
 
     async def __aenter__(self) -> Self:
         return self
@@ -226,6 +231,10 @@ class Case:
         assert row is not None
         return row
 
+    def audio(self) -> list[str]:
+        rows = self.conn.execute("select audio from pgscribe.stray_audio").fetchall()
+        return [audio for (audio,) in rows]
+
     def partial(self) -> tuple[Any, ...]:
         row = self.conn.execute(
             "select ready, chunks, text from partial_transcript(%s)", (self.job_id,)
@@ -257,7 +266,7 @@ async def test_chunks_become_one_transcript(case: Case) -> None:
     assert (transcript.text, transcript.duration) == (TEXT, 40.0)
     assert [segment.start for segment in transcript.segments] == [0, 10, 20, 30]
     assert [len(case.cloud.calls(n)) for n in range(CHUNKS)] == [1] * CHUNKS
-    assert case.cloud.discarded == [str(case.job_id)]
+    assert case.cloud.discarded == ["/audio/key.pcm"]
     row = case.row()
     assert row["audio_seconds"] == 40
     assert row["usage"] == {
@@ -298,12 +307,19 @@ async def test_a_late_attempt_leaves_calls_and_audio_to_the_new_one(case: Case) 
     assert (case.cloud.cancelled, case.cloud.discarded) == (set(), [])
 
 
-async def test_audio_that_cannot_be_deleted_keeps_no_job_from_its_end(case: Case) -> None:
-    async def refuse(key: str) -> None:  # noqa: ARG001
-        raise TranscriptionFailed("compute_refused", "No.", retryable=False)
+@pytest.mark.parametrize("how", ["completed", "failed"])
+async def test_audio_that_cannot_be_deleted_keeps_no_job_from_its_end(case: Case, how: str) -> None:
+    async def refuse(pcm: str) -> None:
+        raise PermissionError(pcm)
 
     case.cloud.discard = refuse  # type: ignore[method-assign]
-    assert (await case.run()).text == TEXT
+    if how == "completed":
+        assert (await case.run()).text == TEXT
+    else:
+        case.cloud.errors = {3: [TranscriptionFailed("no_speech", "Silent.", retryable=False)]}
+        with pytest.raises(TranscriptionFailed, match="Silent"):
+            await case.run()
+    assert case.audio() == ["/audio/key.pcm"], "it is found later"
 
 
 async def test_a_call_is_noted_before_it_is_waited_for(case: Case) -> None:
@@ -367,9 +383,10 @@ async def test_an_error_of_the_recording_ends_the_job_and_its_other_calls(case: 
     with pytest.raises(TranscriptionFailed, match="Silent"):
         await case.run()
     assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(3)}
-    assert case.cloud.discarded == [str(case.job_id)]
+    assert case.cloud.discarded == ["/audio/key.pcm"]
     case.end("failed")
     assert await discard_stray_audio(case.pool, case.cloud) == 0, "it was deleted already"
+    assert await cancel_stray_calls(case.pool, case.cloud) == 0, "they were cancelled already"
 
 
 async def test_after_an_error_to_retry_the_other_calls_go_on(case: Case) -> None:
@@ -602,33 +619,120 @@ async def test_calls_of_jobs_that_end_without_their_worker_are_cancelled(
     assert await cancel_stray_calls(case.pool, case.cloud) == 0
 
 
-@pytest.mark.parametrize("retried", [False, True])
-async def test_audio_of_jobs_that_fail_at_last_is_deleted(
-    case: Case,
-    retried: bool,  # noqa: FBT001 - a case
-) -> None:
+@pytest.mark.parametrize("how", ["failed", "cancelled", "deleted", "deleted while queued"])
+async def test_audio_that_jobs_leave_is_deleted(case: Case, how: str) -> None:
     case.cloud.errors = {3: [TranscriptionFailed("internal_error", "Broken.", retryable=True)]}
     with pytest.raises(TranscriptionFailed):
         await case.run()
     assert await discard_stray_audio(case.pool, case.cloud) == 0, "the job is still to be done"
-    case.end("failed")
-    if retried:
-        case.conn.execute("select retry_processing_job(%s)", (case.job_id,))
-        assert await discard_stray_audio(case.pool, case.cloud) == 0
-        assert (await case.run()).text == TEXT
-        assert case.cloud.preparations == 1
-        return
-    discard = case.cloud.discard
-    case.cloud.discard = case.cloud.cancel  # type: ignore[assignment, method-assign]
+    if how in {"cancelled", "deleted while queued"}:
+        await case.lose()
+    if how == "failed":
+        case.end("failed")
+    elif how == "cancelled":
+        case.conn.execute("select cancel_processing_job(%s)", (case.job_id,))
+    else:
+        case.conn.execute("delete from processing_jobs")
     case.cloud.away = 1
     assert await discard_stray_audio(case.pool, case.cloud) == 0
-    case.cloud.discard = discard  # type: ignore[method-assign]
     assert await discard_stray_audio(case.pool, case.cloud) == 1, "what failed is tried again"
-    assert case.cloud.discarded == [str(case.job_id)]
+    assert case.cloud.discarded == ["/audio/key.pcm"]
     assert await discard_stray_audio(case.pool, case.cloud) == 0
+
+
+async def test_a_retried_job_reads_no_audio_that_is_to_be_deleted(case: Case) -> None:
+    case.cloud.errors = {3: [TranscriptionFailed("internal_error", "Broken.", retryable=True)]}
+    with pytest.raises(TranscriptionFailed):
+        await case.run()
+    case.end("failed")
     case.conn.execute("select retry_processing_job(%s)", (case.job_id,))
-    assert (await case.run()).text == TEXT
+    case.cloud.plan = replace(case.cloud.plan, pcm=Path("/audio/key-2.pcm"))
+    case.cloud.held = {3}
+    running = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == 1)
+    assert await discard_stray_audio(case.pool, case.cloud) == 1
+    assert case.cloud.discarded == ["/audio/key.pcm"]
+    case.cloud.let_go.set()
+    assert (await running).text == TEXT
     assert case.cloud.preparations == 2
+    assert [len(case.cloud.calls(n)) for n in range(CHUNKS)][3] == 2
+    assert case.cloud.discarded == ["/audio/key.pcm", "/audio/key-2.pcm"]
+    assert case.audio() == []
+
+
+@pytest.mark.parametrize("how", ["timeout", "cancelled"])
+async def test_a_late_attempt_that_ends_leaves_all_to_the_new_one(case: Case, how: str) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    if how == "timeout":
+        case.limits = Limits(**{**_fields(LIMITS), "attempt": 1.0})
+    first = case.start(await case.claim())
+    await case.until(lambda: [c["status"] for c in case.chunks()] == ["processing"] * CHUNKS)
+    await case.lose()
+    await case.claim()
+    if how == "cancelled":
+        case.is_cancelled = True
+        first.cancel()
+    with pytest.raises((JobTimeout, asyncio.CancelledError)):
+        await first
+    assert (case.cloud.cancelled, case.cloud.discarded) == (set(), [])
+    assert [c["status"] for c in case.chunks()] == ["processing"] * CHUNKS
+
+
+@pytest.mark.parametrize("hangs", ["the database", "the compute side", "starting a call"])
+async def test_a_cancelled_job_has_stopped_after_two_seconds(
+    case: Case, hangs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: object) -> Any:
+        await asyncio.sleep(30)
+
+    async def hang_on(*_: object) -> Any:  # as psycopg does, whose cancelling takes seconds
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(30)
+        await asyncio.sleep(5)
+
+    case.cloud.held = {0, 1, 2, 3}
+    if hangs == "starting a call":
+        monkeypatch.setattr(case.cloud, "spawn", hang)
+    running = case.start(await case.claim())
+    if hangs == "starting a call":
+        await asyncio.sleep(0.3)
+    else:
+        await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    monkeypatch.setattr(case.cloud, "cancel", hang)
+    monkeypatch.setattr(case.cloud, "discard", hang)
+    if hangs == "the database":
+        monkeypatch.setattr(CallLog, "_execute", hang_on)
+    case.is_cancelled = True
+    began = time.monotonic()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert time.monotonic() - began < 2
+
+
+async def test_a_job_without_calls_has_no_usage(case: Case) -> None:
+    async def missing(file_path: str) -> str:  # noqa: ARG001
+        raise AudioNotFound
+
+    case.bucket.locate = missing  # type: ignore[method-assign]
+    with pytest.raises(AudioNotFound):
+        await case.run()
+    assert case.row()["usage"] is None
+
+
+async def test_a_plan_is_stored_once(case: Case) -> None:
+    attempt = await case.claim()
+    log = CallLog(case.pool, attempt)
+    call = (await log.load()).preparation
+    await log.note_call(call, "call-1")
+    await log.note_call(call, "call-1")
+    outcome = Outcome(case.cloud.plan.to_dict(), Usage(cpu_seconds=3.0))
+    for _ in range(2):  # as after a broken connection
+        known = await log.store_plan(call, outcome)
+    await log.note_usage(2.0, 1.0)
+    assert case.row()["usage"]["cpu_seconds"] == 3
+    assert case.row()["usage"]["calls"] == 1
+    assert len(known.chunks) == CHUNKS
 
 
 async def test_what_was_paid_for_is_kept_while_the_database_is_away(

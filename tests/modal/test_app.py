@@ -21,6 +21,7 @@ from jobs.compute.base import Prepare, Transcribe
 from jobs.compute.modal import ModalCompute
 from jobs.settings import Settings as WorkerSettings
 from modal_functions import app as deployed
+from modal_functions import engines
 from modal_functions.config import Config, InvalidConfig
 from modal_functions.engines import FASTER_WHISPER, OPENAI_WHISPER
 from modal_functions.errors import InvalidOptions, NoSpeech
@@ -180,8 +181,9 @@ def test_functions_run_without_modal(
     assert model.transcribe.local(**span, options={"model": "tiny"})["error"]["code"] == (
         "invalid_options"
     )
-    deployed.discard_audio.local("here")
-    assert [str(path) for path in tmp_path.iterdir()] == [plans[2]["pcm"]]
+    deployed.discard_audio.local(plans[0]["pcm"])
+    deployed.discard_audio.local(f"../{tmp_path.name}/.{Path(plans[1]['pcm']).name}")
+    assert {str(path) for path in tmp_path.iterdir()} == {plan["pcm"] for plan in plans[1:]}
 
 
 @pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
@@ -205,6 +207,20 @@ def test_the_loading_of_a_model_is_counted_once(
         for _ in range(2)
     )
     assert first["gpu_seconds"] > 2 > second["gpu_seconds"]
+
+
+def test_windows_are_decoded_together_as_configured(
+    models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def load_engine(*_: object, batch_size: int, **__: object) -> None:
+        asked.append(batch_size)
+
+    monkeypatch.setenv("PGSCRIBE_WEIGHTS_DIR", str(models_dir))
+    monkeypatch.setattr(engines, "load_engine", load_engine)
+    deployed._load(FASTER_WHISPER, "base")  # noqa: SLF001 - what SpeechModel does
+    assert asked == [deployed.config.batch_size] == [8]
 
 
 @pytest.mark.filterwarnings("ignore:.*executing locally:UserWarning")
@@ -309,5 +325,5 @@ async def test_a_workers_calls_run_whisper(
         for span in plan.spans:
             value = await outcome(Transcribe(str(plan.pcm), span, options))
             parts.append((span.seconds, Transcript.from_dict(value)))
-        await compute.discard("worker")
+        await compute.discard(str(plan.pcm))
     assert wer(clip_text, merge(parts, name=plan.name).text) < 0.1

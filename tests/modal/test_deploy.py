@@ -104,7 +104,7 @@ async def test_what_is_deployed_is_what_a_worker_calls(
     async with ModalCompute(settings) as compute:
         cloud.control.pause()
         await compute.spawn(Prepare("none", "key", preprocessing=False, max_seconds=60))
-        await compute.discard("key")
+        await compute.discard("/audio/key.pcm")
     calls = [call["function"] for call in await asyncio.to_thread(cloud.control.calls)]
     assert calls[-2:] == ["prepare_audio", "discard_audio"]
 

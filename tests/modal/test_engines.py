@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,19 +127,27 @@ def in_windows(models_dir: Path) -> Engine:
     return load_engine(FASTER_WHISPER, "base", path=path, device="cpu", batch_size=4)
 
 
-@pytest.mark.parametrize("are_decoded_again", [False, True])
+@pytest.mark.parametrize("bound", [None, "_MIN_LOGPROB", "_MAX_TOKENS"])
 def test_windows_decoded_together_make_one_transcript(
     in_windows: Engine,
     sample: Path,
     sample_text: str,
     wer: Wer,
     hear: Callable[[str], Heard],
-    are_decoded_again: bool,  # noqa: FBT001 - a case
+    bound: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if are_decoded_again:  # nothing is as likely as that
-        monkeypatch.setattr(windows, "_MIN_LOGPROB", 1.0)
+    again: list[int] = []
+    if bound is not None:  # no window keeps within it, so each is decoded again
+        monkeypatch.setattr(windows, bound, 1.0)
         monkeypatch.setattr(windows, "_MAX_NO_SPEECH", 1.0)
+        moved = windows._moved  # noqa: SLF001 - what is decoded again goes through it
+
+        def noted(*arguments: Any) -> Any:
+            again.append(1)
+            return moved(*arguments)
+
+        monkeypatch.setattr(windows, "_moved", noted)
     samples, progress = decode(str(sample), max_seconds=60), list[float]()
     quiet = np.zeros(40 * SAMPLE_RATE, np.float32)
     options = TranscriptionOptions(word_timestamps=True)
@@ -163,6 +172,7 @@ def test_windows_decoded_together_make_one_transcript(
     assert np.percentile([abs(in_turn[word] - together[word]) for word in common], 95) < 0.3
     assert len(progress) >= 3
     assert progress == sorted(progress)
+    assert bool(again) == (bound is not None)
 
 
 def once(transcript: Transcript) -> list[Word]:
