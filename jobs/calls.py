@@ -1,9 +1,9 @@
 """What Postgres knows of a job's calls: which were started, and what they returned."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.types.json import Jsonb
@@ -49,6 +49,14 @@ class Known:
     preparation: Call
     plan: Plan | None
     chunks: list[Chunk]
+
+
+class Released(NamedTuple):
+    """What an attempt has given up: nobody waits for the calls or reads the file any more."""
+
+    held: bool
+    calls: list[str]
+    audio: str | None
 
 
 class CallLog:
@@ -104,11 +112,13 @@ class CallLog:
         """Note that all chunks are done: from now on the decoded audio is stray."""
         await self._write("forget_audio")
 
-    async def release_calls(self) -> tuple[list[str], str | None]:
-        """Give up what runs for the job, which is stray from now on: return calls and audio."""
-        held, calls, audio = await self._execute("release_calls")
-        self._check(held=held)
-        return calls or [], audio
+    async def release_calls(self, known: Iterable[str]) -> Released:
+        """Give up what runs for the job. What is returned is stray from now on.
+
+        Of an attempt that has lost its job: those of the calls ``known`` to it that are nobody's.
+        """
+        held, calls, audio = await self._execute("release_calls", known=list(known))
+        return Released(held, calls or [], audio)
 
     async def store_chunk(self, chunk: Chunk, outcome: Outcome) -> None:
         """Store a chunk's transcript. Raises ``ResultNotStorable``."""

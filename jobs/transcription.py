@@ -149,11 +149,13 @@ class _Run:
         self._attempt = attempt
         self._options = TranscriptionOptions.from_dict(attempt.options)
         self._log = CallLog(pool, attempt)
+        self._known: set[str] = set()  # calls for this job
         self._unnoted: set[str] = set()  # calls of which the database does not know yet
         self._progress = _Progress()
 
     async def transcript(self) -> Transcript:
         known = await self._log.load()
+        self._known |= {call.id for call in (known.preparation, *known.chunks) if call.id}
         writer = asyncio.create_task(self._write_progress())
         try:
             return await self._transcript(known)
@@ -246,6 +248,7 @@ class _Run:
         """Start a call and note it. In between, and only there, a crash loses a call."""
         request = await make_request()
         call_id = await self._patiently(lambda: self._compute.spawn(request))
+        self._known.add(call_id)
         self._unnoted.add(call_id)
         try:
             await self._log.note_call(call, call_id)
@@ -292,8 +295,10 @@ class _Run:
         await _all(_done(list(self._unnoted), self._compute.cancel), self._release())
 
     async def _release(self) -> None:
-        calls, audio = await self._log.release_calls()  # none of those that another attempt has
-        work = [self._log.note_usage(*self._prices)]
+        held, calls, audio = await self._log.release_calls(self._known)
+        work = []
+        if held:
+            work.append(self._log.note_usage(*self._prices))
         if calls:
             work.append(self._cancel(calls))
         if audio:

@@ -149,11 +149,12 @@ begin
 end $$;
 comment on function pgscribe.forget_audio is 'Notes that all chunks are done: the decoded audio is to be deleted.';
 
-create function pgscribe.release_calls(job uuid, attempt integer, out held boolean, out calls text[], out audio text)
+create function pgscribe.release_calls(job uuid, attempt integer, known text[], out held boolean, out calls text[], out audio text)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   held := pgscribe.hold_attempt(job, attempt);
   if not held then
+    calls := array(select s.call_id from pgscribe.stray_calls s where s.call_id = any (known));
     return;
   end if;
   select r.audio, array_remove(array_agg(c.call_id) || r.call_id, null) into audio, calls
@@ -165,7 +166,7 @@ begin
   insert into pgscribe.stray_audio (audio) select release_calls.audio where release_calls.audio is not null on conflict do nothing;
 end $$;
 comment on function pgscribe.release_calls is
-  'Gives up what an attempt that ends for good has running: these calls and this file are nobody''s any more. Cancel and delete them, then forget_stray_calls and forget_stray_audio.';
+  'Gives up what an attempt that ends for good has running: these calls and this file are nobody''s any more. Cancel and delete them, then forget_stray_calls and forget_stray_audio. Where the attempt no longer holds its job, as that is deleted, it returns which of the calls that it knows are nobody''s.';
 
 create function pgscribe.keep_stray_audio() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$

@@ -25,7 +25,7 @@ select pgscribe.forget_plan(%(job_id)s, %(attempt)s)
 select pgscribe.forget_audio(%(job_id)s, %(attempt)s)
 
 -- release_calls --
-select held, calls, audio from pgscribe.release_calls(%(job_id)s, %(attempt)s)
+select held, calls, audio from pgscribe.release_calls(%(job_id)s, %(attempt)s, %(known)s)
 
 -- store_chunk --
 select pgscribe.store_chunk(

@@ -418,6 +418,19 @@ async def test_a_cancelled_job_cancels_its_calls(case: Case) -> None:
     assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(CHUNKS)}
 
 
+async def test_a_deleted_job_cancels_its_calls(case: Case) -> None:
+    case.cloud.held = {0, 1, 2, 3}
+    running = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    case.conn.execute("delete from processing_jobs")
+    case.is_cancelled = True
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert case.cloud.cancelled == {case.cloud.calls(n)[0] for n in range(CHUNKS)}
+    assert await cancel_stray_calls(case.pool, case.cloud) == 0
+
+
 async def test_a_stopping_worker_leaves_its_calls_to_the_next_one(case: Case) -> None:
     case.cloud.held = {0, 1, 2, 3}
     running = case.start(await case.claim())
