@@ -36,10 +36,24 @@ class InvalidInput(PgscribeError):
         self.field = field
 
 
-class UploadTooLarge(PgscribeError):
+class TooLarge(PgscribeError):
+    """What was sent is larger than the limit. ``limit`` is in bytes."""
+
+    def __init__(self, message: str | None = None, *, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class UploadTooLarge(TooLarge):
     """The upload is larger than the limit."""
 
     code = "upload_too_large"
+
+
+class BodyTooLarge(TooLarge):
+    """The request's body is larger than the limit."""
+
+    code = "body_too_large"
 
 
 class NotAuthenticated(PgscribeError):
@@ -70,6 +84,13 @@ class JobConflict(PgscribeError):
     """The job's status does not allow that."""
 
     code = "job_conflict"
+
+
+class RequestInFlight(PgscribeError):
+    """A request with the same Idempotency-Key is being worked on; try again in a second."""
+
+    code = "request_in_flight"
+    retry_after = 1.0
 
 
 class TranscriptionFailed(PgscribeError):

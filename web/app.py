@@ -14,9 +14,14 @@ from jobs import database
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
-from web import problems
+from web import openapi, problems
 from web.auth import TokenVerifier
-from web.routes import jobs, uploads
+from web.routes import docs, jobs, uploads
+
+TAGS = {"Jobs": "Transcription jobs.", "Audio": "Recordings in storage."}
+
+# In the order in which they are matched.
+ENDPOINTS = [*jobs.endpoint.all, *uploads.endpoint.all]
 
 
 async def healthz(_: Request) -> Response:
@@ -33,7 +38,11 @@ def create_app(settings: Settings) -> Starlette:
             yield
 
     app = Starlette(
-        routes=[Route("/healthz", healthz), *jobs.routes, *uploads.routes],
+        routes=[
+            Route("/healthz", healthz),
+            *docs.routes(),
+            *(Route(e.path, e.respond, methods=[e.method]) for e in ENDPOINTS),
+        ],
         exception_handlers={
             PgscribeError: problems.on_pgscribe_error,
             HTTPException: problems.on_http_exception,
@@ -44,6 +53,7 @@ def create_app(settings: Settings) -> Starlette:
         lifespan=lifespan,
     )
     app.state.settings = settings
+    app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
     app.state.verifier = TokenVerifier(settings)
     app.state.storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
     app.state.pool = database.make_pool(settings, name="web")

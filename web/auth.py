@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
@@ -71,10 +73,35 @@ def _check_storable(claims: Claims) -> None:
         raise jwt.InvalidTokenError("a claim holds a NUL character")
 
 
-def user_claims(request: Request) -> Claims:
-    """Return the claims of the request's user. Raises ``NotAuthenticated``, ``NotAllowed``."""
+class Scope(StrEnum):
+    """What an API key may be used for; a signed-in user may do all of it."""
+
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    AUDIO_READ = "audio:read"
+    AUDIO_WRITE = "audio:write"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a request acts for. ``claims`` are what its transactions run with."""
+
+    user_id: UUID
+    claims: Claims
+    scopes: frozenset[Scope] = frozenset(Scope)
+
+
+async def authenticate(request: Request) -> Principal:
+    """Return who is asking. Raises ``NotAuthenticated``, ``NotAllowed``."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise NotAuthenticated("Send the header `Authorization: Bearer <token>`")
     verifier: TokenVerifier = request.app.state.verifier
-    return verifier.verify(token.strip())
+    claims = verifier.verify(token.strip())
+    return Principal(UUID(claims["sub"]), claims)
+
+
+def require(user: Principal, scope: Scope) -> None:
+    """Raise ``NotAllowed`` unless the user may do that."""
+    if scope not in user.scopes:
+        raise NotAllowed(f"The key has not the scope `{scope}`")

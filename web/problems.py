@@ -1,8 +1,11 @@
 """Errors as RFC 9457 problem details: a stable code, a message for people, the field to blame."""
 
 import logging
+import math
 from http import HTTPStatus
+from typing import Any
 
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -13,42 +16,78 @@ logger = logging.getLogger(__name__)
 
 _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
-    errors.UploadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.JobConflict: HTTPStatus.CONFLICT,
+    errors.RequestInFlight: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
 }
 
 
-def problem(
-    status: HTTPStatus, code: str, detail: str, *, field: str | None = None
+class Problem(BaseModel):
+    """A problem detail (RFC 9457). Programs read ``code``; ``detail`` is for people."""
+
+    type: str
+    title: str = Field(description="The status, in words.")
+    status: int
+    code: str = Field(description="Stable: it never changes its meaning.")
+    detail: str
+    field: str | None = Field(None, description="Path of the field to blame, `options.model`.")
+    limit: int | float | str | None = Field(None, description="The limit that was hit.")
+    retry_after: int | None = Field(None, description="Seconds; also in the header Retry-After.")
+
+
+def problem(  # noqa: PLR0913 - each has a name
+    status: HTTPStatus,
+    code: str,
+    detail: str,
+    *,
+    field: str | None = None,
+    limit: float | str | None = None,
+    retry_after: float | None = None,
 ) -> JSONResponse:
     """Return an ``application/problem+json`` response; ``code`` is stable, ``detail`` is not."""
-    content = {"type": "about:blank", "title": status.phrase, "status": status.value}
-    content |= {"code": code, "detail": detail} | ({"field": field} if field else {})
-    headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else None
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    seconds = None if retry_after is None else max(1, math.ceil(retry_after))
+    content = Problem(
+        type="about:blank",
+        title=status.phrase,
+        status=status.value,
+        code=code,
+        detail=detail,
+        field=field,
+        limit=limit,
+        retry_after=seconds,
+    )
+    headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
+    if seconds is not None:
+        headers["Retry-After"] = str(seconds)
+    return JSONResponse(
+        content.model_dump(exclude_none=True), status, headers, "application/problem+json"
+    )
+
+
+def _status(exc: errors.PgscribeError) -> HTTPStatus | None:
+    return next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), None)
 
 
 async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     """Answer with what a known error says of itself."""
     assert isinstance(exc, errors.PgscribeError)
-    status = _STATUS.get(type(exc))
+    status = _status(exc)
     if status is None:
         return await on_unexpected_error(_, exc)
-    return problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    named: dict[str, Any] = {name: getattr(exc, name, None) for name in ("field", "limit")}
+    return problem(status, exc.code, str(exc), retry_after=exc.retry_after, **named)
 
 
 async def on_database_away(_: Request, exc: Exception) -> Response:
     """Answer while the database is away, or has broken the transaction off."""
     logger.warning("The database does not answer: %s", exc)
     away = errors.DatabaseUnavailable()
-    response = problem(HTTPStatus.SERVICE_UNAVAILABLE, away.code, str(away))
-    response.headers["Retry-After"] = "2"
-    return response
+    return problem(HTTPStatus.SERVICE_UNAVAILABLE, away.code, str(away), retry_after=2)
 
 
 async def on_http_exception(_: Request, exc: Exception) -> Response:

@@ -98,8 +98,8 @@ def test_list_filters_by_status_and_leaves_results_out(
     ("query", "detail"),
     [
         ("status=done", "completed"),
-        ("limit=0", "1 to 100"),
-        ("limit=101", ""),
+        ("limit=0", "greater than or equal to 1"),
+        ("limit=101", "less than or equal to 100"),
         ("limit=²", ""),
         ("limit=0001999", ""),
     ],
@@ -142,11 +142,18 @@ def test_bad_bodies_name_the_field(
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"\xff", b"[" * 3000, b'{"filePath": "' + b"x" * 70_000 + b'"}']
+    "body", [b"", b"{", b"\xff", b"[" * 3000, b'{"filePath": "a", "priority": NaN}']
 )
 def test_what_is_no_json_is_refused(api: TestClient, headers: Headers, body: bytes) -> None:
     response = api.post("/process", content=body, headers=headers)
     assert_problem(response, 422, "invalid_input", "body")
+
+
+def test_bodies_are_limited(api: TestClient, headers: Headers) -> None:
+    body = b'{"filePath": "' + b"x" * 70_000 + b'"}'
+    response = api.post("/process", content=body, headers=headers)
+    assert_problem(response, 413, "body_too_large", "65536 bytes")
+    assert response.json()["limit"] == 65536
 
 
 def test_characters_that_postgres_cannot_store_are_refused(

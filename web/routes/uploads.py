@@ -4,32 +4,52 @@ import re
 from http import HTTPStatus
 from uuid import uuid4
 
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from jobs.errors import InvalidInput, UploadTooLarge
 from jobs.storage.base import Storage
-from web.auth import user_claims
+from web.endpoints import Answer, Endpoints, Principal, Scope
 
 MAX_NAME = 200  # bytes in UTF-8; file systems take 255
 _FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\]+")
 
+endpoint = Endpoints("Audio")
 
-async def upload(request: Request) -> Response:
-    """``PUT /uploads/{name}``: the file's bytes as the body -> 201 {filePath, size}."""
-    claims = user_claims(request)
-    name = request.path_params["name"]
+
+class Uploaded(BaseModel):
+    """A file in storage."""
+
+    file_path: str = Field(serialization_alias="filePath")
+    size: int = Field(description="In bytes.")
+
+
+@endpoint(
+    "PUT",
+    "/uploads/{name:path}",
+    scope=Scope.AUDIO_WRITE,
+    answers={HTTPStatus.CREATED: Answer("Stored", Uploaded)},
+    raw_body={"application/octet-stream": None},
+)
+async def upload(request: Request, user: Principal, name: str) -> Response:
+    """Upload a recording: the body is the file's bytes."""
+    check_name(name)
+    _check_announced_size(request)
+    storage: Storage = request.app.state.storage
+    file_path = f"{user.user_id}/{uuid4()}/{name}"
+    size = await storage.save(file_path, request.stream())
+    uploaded = Uploaded(file_path=file_path, size=size)
+    return JSONResponse(uploaded.model_dump(mode="json", by_alias=True), HTTPStatus.CREATED)
+
+
+def check_name(name: str) -> None:
+    """Raise ``InvalidInput`` for a file's name that storage can't have."""
     usable = _FILE_NAME.fullmatch(name) and name.strip(". ")
     if not usable or len(name.encode(errors="replace")) > MAX_NAME:
         raise InvalidInput(
             f"name: 1 to {MAX_NAME} bytes of UTF-8, no slashes or control characters", field="name"
         )
-    _check_announced_size(request)
-    storage: Storage = request.app.state.storage
-    file_path = f"{claims['sub']}/{uuid4()}/{name}"
-    size = await storage.save(file_path, request.stream())
-    return JSONResponse({"filePath": file_path, "size": size}, HTTPStatus.CREATED)
 
 
 def _check_announced_size(request: Request) -> None:
@@ -37,7 +57,4 @@ def _check_announced_size(request: Request) -> None:
     limit = request.app.state.settings.max_upload_bytes
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise UploadTooLarge(f"The upload has {announced} bytes; the limit is {limit}")
-
-
-routes = [Route("/uploads/{name:path}", upload, methods=["PUT"])]
+        raise UploadTooLarge(f"The upload has {announced} bytes; the limit is {limit}", limit=limit)
