@@ -118,7 +118,7 @@ class Endpoints:
             self.all.append(
                 Endpoint(
                     method, path, handler, self._tag, scope, answers,
-                    frozenset(problems) | _usual_problems(takes, raw_body), max_body, takes,
+                    frozenset(problems) | _usual_problems(path, takes, raw_body), max_body, takes,
                     raw_body or {},
                 )
             )  # fmt: skip
@@ -127,7 +127,7 @@ class Endpoints:
         return declare
 
 
-def _usual_problems(takes: Mapping[str, Any], raw_body: object) -> frozenset[HTTPStatus]:
+def _usual_problems(path: str, takes: Mapping[str, Any], raw_body: object) -> frozenset[HTTPStatus]:
     usual = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
     if "user" in takes:
         usual |= {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -135,7 +135,7 @@ def _usual_problems(takes: Mapping[str, Any], raw_body: object) -> frozenset[HTT
         usual |= {HTTPStatus.UNPROCESSABLE_ENTITY}
     if "body" in takes or raw_body:
         usual |= {HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
-    if UUID in takes.values():
+    if _PATH_PARAMETER.search(path):
         usual |= {HTTPStatus.NOT_FOUND}
     return frozenset(usual)
 
