@@ -707,7 +707,10 @@ async def test_an_attempt_ends_while_its_progress_waits_for_a_connection(
     async with database.make_pool(one, name="test", for_queue=True) as case.pool:
         async with asyncio.timeout(30):
             assert (await case.run()).text == TEXT
-    assert next(looks) > 2
+        looked = next(looks)
+        await asyncio.sleep(0.1)
+        assert next(looks) == looked + 1, "its progress is not written any more"
+    assert looked > 2
 
 
 @pytest.mark.parametrize(
