@@ -51,6 +51,7 @@ PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
 # A cancelled job has stopped after 2 s, even if the database and the compute side hang.
 NOTE_TIMEOUT = 0.9  # seconds in which a call that is being started may still be noted
 CLEAN_UP_TIMEOUT = 0.9  # seconds; the janitor finds the rest
+STOP_TIMEOUT = 0.1  # seconds for a write of the progress to stop
 CALL_PAUSES = (0.5, 15.0)  # seconds before a lost call is started again, the first and the longest
 MOST_CALLS = 4  # for one chunk in an attempt: the first, and those that replace lost ones
 GONE = "prepared_audio_gone"
@@ -160,8 +161,7 @@ class _Run:
         try:
             return await self._transcript(known)
         finally:
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            await _stop(writer)
 
     async def _transcript(self, known: Known) -> Transcript:
         try:
@@ -438,6 +438,23 @@ async def _within(seconds: float, work: Awaitable[None]) -> None:
     task.add_done_callback(_report)
     await asyncio.wait([task], timeout=seconds)
     task.cancel()
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    """Cancel it and wait a moment, no longer: a statement that hangs takes seconds to end.
+
+    What it still writes harms nobody: the database takes it only while the attempt has its job.
+    """
+    task.cancel()
+    _abandoned.add(task)
+    task.add_done_callback(_forget)
+    await asyncio.wait([task], timeout=STOP_TIMEOUT)
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    _abandoned.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.warning("Writing the progress failed: %r", task.exception())
 
 
 def _report(task: asyncio.Future[Any]) -> None:
