@@ -88,8 +88,7 @@ async def use(
     """
     async with conn.cursor(row_factory=class_row(UsableKey)) as cursor:
         await cursor.execute(KEYS["use"], {"hash": key_hash, "stated_user": stated_user})
-        key = await cursor.fetchone()
-    return None if key is None or key.id is None else key
+        return await cursor.fetchone()
 
 
 def create(  # noqa: PLR0913 - what a key may be
@@ -122,7 +121,9 @@ def create(  # noqa: PLR0913 - what a key may be
         with conn.transaction(), conn.cursor(row_factory=class_row(ApiKey)) as cursor:
             stored = cursor.execute(KEYS["create"], values).fetchone()
     except psycopg.errors.ForeignKeyViolation:
-        raise InvalidInput(f"user: there is no user {user_id} in auth.users", field="user") from None
+        raise InvalidInput(
+            f"user: there is no user {user_id} in auth.users", field="user"
+        ) from None
     except (psycopg.errors.CheckViolation, psycopg.DataError):
         # The original names all values of the row, with the hash.
         raise InvalidInput(

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problem details: a stable code, a message for people, the field to blame."""
 
 import logging
+import math
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -13,13 +14,15 @@ logger = logging.getLogger(__name__)
 
 _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
-    errors.UploadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.NotAuthenticated: HTTPStatus.UNAUTHORIZED,
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.JobConflict: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
+    errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.SigningKeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 
@@ -29,17 +32,34 @@ def problem(
     """Return an ``application/problem+json`` response; ``code`` is stable, ``detail`` is not."""
     content = {"type": "about:blank", "title": status.phrase, "status": status.value}
     content |= {"code": code, "detail": detail} | ({"field": field} if field else {})
-    headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else None
-    return JSONResponse(content, status, headers, media_type="application/problem+json")
+    return JSONResponse(content, status, media_type="application/problem+json")
 
 
 async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     """Answer with what a known error says of itself."""
     assert isinstance(exc, errors.PgscribeError)
-    status = _STATUS.get(type(exc))
+    status = _status(exc)
     if status is None:
         return await on_unexpected_error(_, exc)
-    return problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    response = problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    if exc.retry_after is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(exc.retry_after)))
+    if challenge := _challenge(exc):
+        response.headers["WWW-Authenticate"] = challenge
+    return response
+
+
+def _status(exc: errors.PgscribeError) -> HTTPStatus | None:
+    return next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), None)
+
+
+def _challenge(exc: errors.PgscribeError) -> str | None:
+    """Return what RFC 6750 wants said of a token. Whoever sent none is told no error."""
+    if isinstance(exc, errors.InvalidToken):
+        return 'Bearer error="invalid_token"'
+    if isinstance(exc, errors.ScopeMissing):
+        return f'Bearer error="insufficient_scope", scope="{exc.scope}"'
+    return "Bearer" if isinstance(exc, errors.NotAuthenticated) else None
 
 
 async def on_database_away(_: Request, exc: Exception) -> Response:

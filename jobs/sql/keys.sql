@@ -2,7 +2,7 @@
 
 -- use --
 select id, bound_to, scopes, requests_per_minute, user_exists
-  from pgscribe.use_api_key(%(hash)s, %(stated_user)s)
+  from pgscribe.use_api_key(%(hash)s, %(stated_user)s) where id is not null
 
 -- create --
 insert into pgscribe.api_keys (id, name, prefix, hash, user_id, scopes, requests_per_minute, expires_at)

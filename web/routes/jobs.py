@@ -15,7 +15,7 @@ from jobs import service
 from jobs.database import as_user
 from jobs.errors import InvalidInput, JobNotFound
 from jobs.models import JobStatus, ProcessingJob
-from web.auth import user_claims
+from web.auth import Scope, authenticate, require
 
 MAX_BODY = 64 * 1024  # bytes of JSON
 
@@ -56,9 +56,10 @@ async def process(request: Request) -> Response:
 
     With an ``Idempotency-Key`` that was sent before, the answer names the job of that time.
     """
-    claims = user_claims(request)
+    user = await authenticate(request)
+    require(user, Scope.JOBS_WRITE)
     body = _parse(await _read_body(request))
-    async with as_user(request.app.state.pool, claims) as conn:
+    async with as_user(request.app.state.pool, user.claims) as conn:
         job_id = await service.submit(
             conn,
             body.file_path,
@@ -80,39 +81,43 @@ async def process(request: Request) -> Response:
 
 async def get_job(request: Request) -> Response:
     """``GET /jobs/{jobId}``: the row."""
-    return await _on_job(request, service.get)
+    return await _on_job(request, Scope.JOBS_READ, service.get)
 
 
 async def cancel_job(request: Request) -> Response:
     """``POST /jobs/{jobId}/cancel``: the row; 409 if the job has completed or failed."""
-    return await _on_job(request, service.cancel)
+    return await _on_job(request, Scope.JOBS_WRITE, service.cancel)
 
 
 async def retry_job(request: Request) -> Response:
     """``POST /jobs/{jobId}/retry``: the row; 409 unless the job has failed or was cancelled."""
-    return await _on_job(request, service.retry)
+    return await _on_job(request, Scope.JOBS_WRITE, service.retry)
 
 
 async def _on_job(
-    request: Request, act: Callable[[service.Connection, UUID], Awaitable[ProcessingJob]]
+    request: Request,
+    scope: Scope,
+    act: Callable[[service.Connection, UUID], Awaitable[ProcessingJob]],
 ) -> Response:
-    claims = user_claims(request)
+    user = await authenticate(request)
+    require(user, scope)
     try:
         job_id = UUID(request.path_params["job_id"])
     except ValueError:
         raise JobNotFound from None
-    async with as_user(request.app.state.pool, claims) as conn:
+    async with as_user(request.app.state.pool, user.claims) as conn:
         job = await act(conn, job_id)
     return JSONResponse(job.model_dump(mode="json"))
 
 
 async def list_jobs(request: Request) -> Response:
     """``GET /jobs?status=&limit=``: the newest rows, without results."""
-    claims = user_claims(request)
+    user = await authenticate(request)
+    require(user, Scope.JOBS_READ)
     wanted = request.query_params.get("status")
     status = JobStatus.parse(wanted) if wanted else None
     limit = _limit(request.query_params.get("limit"))
-    async with as_user(request.app.state.pool, claims) as conn:
+    async with as_user(request.app.state.pool, user.claims) as conn:
         jobs = await service.list_jobs(conn, status=status, limit=limit)
     return JSONResponse({"jobs": [job.model_dump(mode="json") for job in jobs]})
 

@@ -10,7 +10,8 @@ from starlette.routing import Route
 
 from jobs.errors import InvalidInput, UploadTooLarge
 from jobs.storage.base import Storage
-from web.auth import user_claims
+from web.auth import Scope, authenticate, require
+from web.middleware import allow_body
 
 MAX_NAME = 200  # bytes in UTF-8; file systems take 255
 _FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\]+")
@@ -18,7 +19,9 @@ _FILE_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f/\\]+")
 
 async def upload(request: Request) -> Response:
     """``PUT /uploads/{name}``: the file's bytes as the body -> 201 {filePath, size}."""
-    claims = user_claims(request)
+    user = await authenticate(request)
+    require(user, Scope.AUDIO_WRITE)
+    allow_body(request, None)  # the storage counts
     name = request.path_params["name"]
     usable = _FILE_NAME.fullmatch(name) and name.strip(". ")
     if not usable or len(name.encode(errors="replace")) > MAX_NAME:
@@ -27,7 +30,7 @@ async def upload(request: Request) -> Response:
         )
     _check_announced_size(request)
     storage: Storage = request.app.state.storage
-    file_path = f"{claims['sub']}/{uuid4()}/{name}"
+    file_path = f"{user.user_id}/{uuid4()}/{name}"
     size = await storage.save(file_path, request.stream())
     return JSONResponse({"filePath": file_path, "size": size}, HTTPStatus.CREATED)
 
