@@ -83,9 +83,10 @@ class TokenVerifier:
             raise InvalidToken(f"The bearer token is longer than {MAX_TOKEN} characters")
         try:
             claims = self._decode(token, *await self._key(token))
-        except (jwt.InvalidTokenError, ValueError) as exc:
-            reason = str(exc) if isinstance(exc, jwt.InvalidTokenError) else "sub is not a UUID"
-            raise InvalidToken(f"The bearer token is not valid: {reason}") from exc
+        except jwt.InvalidTokenError as exc:
+            raise InvalidToken(f"The bearer token is not valid: {exc}") from exc
+        except (ArithmeticError, TypeError, ValueError) as exc:  # of the wrong type, or infinite
+            raise InvalidToken("The bearer token is not valid: a claim is not usable") from exc
         if claims.get("role") != "authenticated":
             raise NotAllowed("The bearer token's role must be `authenticated`: sign in as a user")
         return claims
@@ -96,7 +97,7 @@ class TokenVerifier:
         Of the header only ``alg`` and ``kid`` are read, to choose among keys that are ours.
         """
         header = jwt.get_unverified_header(token)
-        algorithm, key_id = header.get("alg"), header.get("kid")
+        algorithm, key_id = str(header.get("alg")), header.get("kid")
         if algorithm == "HS256" and self._secret is not None:
             return self._secret.get_secret_value(), algorithm
         if algorithm in {"ES256", "RS256"} and self._signing_keys is not None:
@@ -116,7 +117,10 @@ class TokenVerifier:
             leeway=LEEWAY,
             options={"require": ["exp", "sub", "aud"]},
         )
-        claims["sub"] = str(UUID(claims["sub"]))
+        try:
+            claims["sub"] = str(UUID(claims["sub"]))
+        except ValueError as exc:
+            raise jwt.InvalidTokenError("sub is not a UUID") from exc
         _check_storable(claims)
         return claims
 
