@@ -55,7 +55,8 @@ class UsableKey:
     user_exists: bool
 
 
-def _generate(key_id: UUID) -> str:
+def generate(key_id: UUID) -> str:
+    """Return a new key that begins as ``key_id`` does."""
     secret = "".join(secrets.choice(_ALPHABET) for _ in range(_SECRET_LENGTH))
     body = f"{PREFIX}{key_id.hex[:8]}_{secret}"
     return f"{body}_{_checksum(body)}"
@@ -106,7 +107,7 @@ def create(  # noqa: PLR0913 - what a key may be
     Raises ``InvalidInput`` for a user who does not exist and a name that can't be stored.
     """
     key_id = uuid4()
-    key = _generate(key_id)
+    key = generate(key_id)
     values = {
         "id": key_id,
         "name": name,
