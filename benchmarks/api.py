@@ -215,7 +215,7 @@ def serve(postgres: EmbeddedPostgres, name: str, folder: Path) -> Iterator[Serve
         "PGSCRIBE_DATABASE_URL": url,
         "PGSCRIBE_JWT_SECRET": SECRET,
         "PGSCRIBE_STORAGE_DIR": str(folder / "storage"),
-        "PGSCRIBE_RATE_LIMIT": "100000000",
+        "PGSCRIBE_RATE_LIMIT": "0",
     }
     with (folder / f"{name}.log").open("wb") as log:
         child = subprocess.Popen(

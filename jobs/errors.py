@@ -62,10 +62,50 @@ class NotAuthenticated(PgscribeError):
     code = "not_authenticated"
 
 
+class InvalidToken(NotAuthenticated):
+    """The bearer token is not valid."""
+
+
 class NotAllowed(PgscribeError):
     """This user may not do that."""
 
     code = "not_allowed"
+
+
+class ScopeMissing(NotAllowed):
+    """The API key was not made for that. ``scope`` is what it lacks."""
+
+    code = "insufficient_scope"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"This API key lacks the scope `{scope}`; make one that has it")
+        self.scope = scope
+
+
+class RateLimited(PgscribeError):
+    """Too many requests. ``limit`` is how many a minute may hold, ``retry_after`` in seconds."""
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(self, message: str, *, limit: int, retry_after: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class SigningKeysUnavailable(PgscribeError):
+    """The keys that tokens are checked with can't be fetched; try again in a moment."""
+
+    code = "signing_keys_unavailable"
+    retryable = True
+    retry_after = 5.0
+
+
+class KeyNotFound(PgscribeError):
+    """There is no such API key."""
+
+    code = "key_not_found"
 
 
 class JobNotFound(PgscribeError):

@@ -1,7 +1,7 @@
 """The Starlette application."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import psycopg
 from starlette.applications import Starlette
@@ -15,7 +15,8 @@ from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
 from web import openapi, problems
-from web.auth import TokenVerifier
+from web.auth import Authenticator
+from web.middleware import middleware
 from web.routes import docs, jobs, uploads
 
 TAGS = {"Jobs": "Transcription jobs.", "Audio": "Recordings in storage."}
@@ -34,7 +35,7 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with app.state.pool:
+        async with app.state.pool, aclosing(app.state.authenticator):
             yield
 
     app = Starlette(
@@ -50,11 +51,12 @@ def create_app(settings: Settings) -> Starlette:
             psycopg.OperationalError: problems.on_database_away,
             Exception: problems.on_unexpected_error,
         },
+        middleware=middleware(settings),
         lifespan=lifespan,
     )
     app.state.settings = settings
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.verifier = TokenVerifier(settings)
     app.state.storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
     app.state.pool = database.make_pool(settings, name="web")
+    app.state.authenticator = Authenticator(settings, app.state.pool)
     return app

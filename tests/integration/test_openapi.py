@@ -41,6 +41,8 @@ def server(
         storage_dir=folder / "storage",
         models_dir=folder / "models",
         scratch_dir=folder / "scratch",
+        rate_limit=0,
+        failed_rate_limit=0,
     )
     with serve(create_app(config)) as url:
         yield url, issue_token(config, user, lifetime=3600)

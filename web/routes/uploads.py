@@ -31,6 +31,7 @@ class Uploaded(BaseModel):
     scope=Scope.AUDIO_WRITE,
     answers={HTTPStatus.CREATED: Answer("Stored", Uploaded)},
     raw_body={"application/octet-stream": None},
+    max_body=None,
 )
 async def upload(request: Request, user: Principal, name: str) -> Response:
     """Upload a recording: the body is the file's bytes."""
