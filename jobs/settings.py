@@ -129,6 +129,28 @@ class Settings(TokenSettings, CallSettings):
         Path(".pgscribe/storage"), description="Folder that holds the audio (local storage)."
     )
     max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="Largest upload, in bytes.")
+    storage: Literal["local", "supabase"] = Field(
+        "local", description="Where audio lies: PGSCRIBE_STORAGE_DIR, or Supabase Storage."
+    )
+    supabase_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/?#@]+/?$",
+        description="URL of the Supabase project, https://<ref>.supabase.co.",
+    )
+    supabase_secret_key: SecretStr | None = Field(
+        None, min_length=1, description="Secret key of the project (or its service_role key)."
+    )
+    supabase_bucket: str = Field(
+        "audio", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="Bucket that holds the audio."
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#@]+$",
+        description="URL under which clients, and Modal, reach the REST API.",
+    )
+    fetch_timeout: PositiveInt = Field(
+        1800, description="Longest that fetching audio by its URL may take, in seconds."
+    )
 
     engine: Literal["faster-whisper", "openai-whisper"] = Field(
         "faster-whisper", description="Engine that local transcriptions run on."

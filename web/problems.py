@@ -20,6 +20,11 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.JobConflict: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
+    errors.FileExists: HTTPStatus.CONFLICT,
+    errors.LinkInvalid: HTTPStatus.FORBIDDEN,
+    errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.UrlRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UrlUnavailable: HTTPStatus.BAD_GATEWAY,
 }
 
 
