@@ -11,7 +11,9 @@ from tests.supabase_storage.server import Bucket, StandIn, serving
 def server() -> Iterator[StandIn]:
     """A project with a bucket as `pgscribe setup-storage` makes it, for up to 40 MB."""
     with serving(StandIn()) as state:
-        state.buckets["audio"] = Bucket(False, 40_000_000, ["audio/*", "video/*"])
+        state.buckets["audio"] = Bucket(
+            file_size_limit=40_000_000, allowed_mime_types=["audio/*", "video/*"]
+        )
         yield state
 
 

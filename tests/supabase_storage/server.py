@@ -10,7 +10,6 @@ of ASCII. Not there: images, S3, versions, and the policies: a user's token reac
 import asyncio
 import base64
 import email
-import json
 import re
 import secrets
 import threading
@@ -186,7 +185,7 @@ class StandIn:
 
     def authorize(self, request: Request, name: str) -> None:
         claims = self.claims(request)
-        if claims["role"] != "service_role" and name.split("/")[0] != claims.get("sub"):
+        if claims["role"] != "service_role" and name.partition("/")[0] != claims.get("sub"):
             raise Refused(403, "Unauthorized", "new row violates row-level security policy")
 
     def bucket(self, name: str) -> Bucket:
@@ -537,7 +536,3 @@ def serving(state: StandIn) -> Iterator[StandIn]:
 async def pieces(data: bytes, size: int = 64 * 1024) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
-
-
-def dump(value: object) -> str:
-    return json.dumps(value)
