@@ -1,7 +1,6 @@
 """Links of ours to local audio, over the routes that serve them."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -186,7 +185,7 @@ async def test_links_are_for_one_use_and_time(storage: LocalStorage, api: TestCl
         {"sub": USER, "aud": "authenticated", "exp": int(time.time()) + 60}, SECRET, "HS256"
     )
     by_the_secret = jwt.encode(claims, SECRET, "HS256")
-    unsigned = jwt.encode(claims, None, "none")
+    unsigned = jwt.encode(claims, "", "none")
     other_path = LinkSigner(SECRET + "x").sign_download(
         DownloadGrant(PATH, None), expires_at=int(time.time()) + 60
     )
@@ -317,7 +316,7 @@ def test_urls_that_are_no_project(url: str, settings: Settings) -> None:
 async def test_size_follows_no_link_out(storage: LocalStorage, tmp_path: Path) -> None:
     (tmp_path / "audio").mkdir(exist_ok=True)
     (tmp_path / "outside").write_text("secret")
-    os.symlink(tmp_path / "outside", tmp_path / "audio" / "link")
+    (tmp_path / "audio" / "link").symlink_to(tmp_path / "outside")
     assert await storage.size("link") is None
     with pytest.raises(AudioNotFound):
         await storage.path("link")
