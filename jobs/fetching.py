@@ -275,8 +275,9 @@ def check_url(url: str, ports: Iterable[int] = PORTS) -> _Target:
 def _host(parts: SplitResult) -> str:
     host = parts.hostname or ""
     if "[" in parts.netloc:
+        whole = re.fullmatch(r"\[[0-9a-fA-F:.]+\](:\d*)?", parts.netloc)
         try:
-            return str(ipaddress.IPv6Address(host if "%" not in host else ""))
+            return str(ipaddress.IPv6Address(host if whole else ""))
         except ValueError as exc:
             raise UrlRefused("its host is no IPv6 address") from exc
     if len(host) > 253 or not _NAME.fullmatch(host):  # noqa: PLR2004 - DNS's limit

@@ -284,6 +284,8 @@ async def test_each_address_is_tried_once_checked(server: Server) -> None:
         "http://[::1/a.mp3",
         "http://::1/a.mp3",
         "http://[]/a.mp3",
+        "http://audio.test[2606:4700::1111]/a.mp3",
+        "http://[2606:4700::1111]audio.test/a.mp3",
         "http://[fe80::1%25eth0]/a.mp3",
         "http://[fe80::1%eth0]/a.mp3",
         "http://[v1.1]/a.mp3",
