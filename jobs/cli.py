@@ -50,7 +50,8 @@ def _setup_logging() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # they log URLs
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _stop_with_stdin() -> None:
@@ -84,6 +85,7 @@ def main() -> None:
       pgscribe web                     the REST API
       pgscribe worker                  as many as you like
       pgscribe deploy                  put the functions on Modal, for PGSCRIBE_COMPUTE=modal
+      pgscribe setup-storage           make the bucket, for PGSCRIBE_STORAGE=supabase
     """
 
 
@@ -130,11 +132,13 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     import uvicorn
 
     from jobs.settings import Settings
+    from web.access_log import hide_links
     from web.app import create_app
     from web.middleware import log_request_ids
 
     _setup_logging()
     log_request_ids()
+    hide_links()
     if stop_with_stdin:
         _stop_with_stdin()
     settings = Settings.load()
@@ -248,6 +252,24 @@ def _modal() -> Iterator[None]:
             "Modal's configuration is not usable: correct ~/.modal.toml, or the file that "
             "MODAL_CONFIG_PATH names."
         ) from exc
+
+
+@main.command("setup-storage")
+@click.option("--check", is_flag=True, help="Change nothing; exit status 1 unless all is in place.")
+@_friendly
+def setup_storage(*, check: bool) -> None:
+    """Make the bucket for audio in Supabase Storage, with its policies, and try it.
+
+    A small file is uploaded, played in part and deleted. Settings: PGSCRIBE_SUPABASE_URL,
+    PGSCRIBE_SUPABASE_SECRET_KEY, PGSCRIBE_DATABASE_URL, PGSCRIBE_MAX_UPLOAD_BYTES.
+    """
+    import asyncio
+
+    from jobs.settings import Settings
+    from jobs.storage import setup
+
+    asyncio.run(setup.run(Settings.load(), click.echo, check=check))
+    click.echo("Up to date; use it with PGSCRIBE_STORAGE=supabase")
 
 
 def _options(**options: Any) -> dict[str, Any]:

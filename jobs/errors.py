@@ -120,6 +120,58 @@ class AudioNotFound(PgscribeError):
     code = "file_not_found"
 
 
+class FileExists(PgscribeError):
+    """There is a file at that path already; ask for a new upload."""
+
+    code = "file_exists"
+
+
+class LinkInvalid(PgscribeError):
+    """This link is not valid; ask for a new one."""
+
+    code = "link_invalid"
+
+
+class StorageUnavailable(PgscribeError):
+    """The storage does not answer; try again in a moment."""
+
+    code = "storage_unavailable"
+    retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StorageRefused(PgscribeError):
+    """The storage refuses requests of this server; `pgscribe setup-storage --check` says why."""
+
+    code = "storage_refused"
+
+
+class UrlRefused(InvalidInput):
+    """The audio's URL is none that may be fetched. The message has neither address nor query."""
+
+    code = "url_refused"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"audio_url: {message}", field="audio_url")
+
+
+class UrlUnavailable(PgscribeError):
+    """The audio's URL could not be fetched; ``retryable`` says whether that may pass."""
+
+    code = "url_unavailable"
+    field = "audio_url"
+
+    def __init__(
+        self, message: str, *, retryable: bool = True, retry_after: float | None = None
+    ) -> None:
+        super().__init__(f"audio_url: {message}")
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
 class JobConflict(PgscribeError):
     """The job's status does not allow that."""
 

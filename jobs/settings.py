@@ -79,7 +79,9 @@ class TokenSettings(_FromEnvironment):
     jwt_secret: SecretStr | None = Field(
         None, min_length=32, description="Secret that signs HS256 tokens, as Supabase shows it."
     )
-    supabase_url: str | None = Field(None, description="URL of the Supabase project.")
+    supabase_url: str | None = Field(
+        None, description="URL of the Supabase project, https://<ref>.supabase.co."
+    )
     jwks_url: str | None = Field(
         None,
         description="URL of the public keys that tokens are checked with (ES256, RS256); by "
@@ -94,10 +96,12 @@ class TokenSettings(_FromEnvironment):
 
     @field_validator("supabase_url", "jwks_url")
     @classmethod
-    def _is_a_url(cls, value: str | None) -> str | None:
+    def _is_a_url(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Take no URL that could not be fetched, and none with a password."""
         if not value:
             return None
+        if info.field_name == "supabase_url" and value.count("/") > len("//") + value.endswith("/"):
+            raise ValueError("must be the project's URL, without a path")
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?(\?[^\s#]*)?", value):
             raise ValueError("must be a URL that begins with https:// or http://")
         return value.rstrip("/")
@@ -197,6 +201,23 @@ class Settings(TokenSettings, CallSettings):
         Path(".pgscribe/storage"), description="Folder that holds the audio (local storage)."
     )
     max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="Largest upload, in bytes.")
+    storage: Literal["local", "supabase"] = Field(
+        "local", description="Where audio lies: PGSCRIBE_STORAGE_DIR, or Supabase Storage."
+    )
+    supabase_secret_key: SecretStr | None = Field(
+        None, min_length=1, description="Secret key of the project (or its service_role key)."
+    )
+    supabase_bucket: str = Field(
+        "audio", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="Bucket that holds the audio."
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#@]+$",
+        description="URL under which clients, and Modal, reach the REST API.",
+    )
+    fetch_timeout: PositiveInt = Field(
+        1800, description="Longest that fetching audio by its URL may take, in seconds."
+    )
 
     engine: Literal["faster-whisper", "openai-whisper"] = Field(
         "faster-whisper", description="Engine that local transcriptions run on."

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from jobs import database
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
-from jobs.storage.local import LocalStorage
+from jobs.storage.choose import make_storage
 from web import openapi, problems
 from web.auth import Authenticator
 from web.middleware import middleware
@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with app.state.pool, aclosing(app.state.authenticator):
+        async with app.state.pool, aclosing(app.state.authenticator), aclosing(app.state.storage):
             yield
 
     app = Starlette(
@@ -56,7 +56,7 @@ def create_app(settings: Settings) -> Starlette:
     )
     app.state.settings = settings
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
+    app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")
     app.state.authenticator = Authenticator(settings, app.state.pool)
     return app

@@ -26,6 +26,11 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
     errors.SigningKeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.FileExists: HTTPStatus.CONFLICT,
+    errors.LinkInvalid: HTTPStatus.FORBIDDEN,
+    errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.UrlRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UrlUnavailable: HTTPStatus.BAD_GATEWAY,
 }
 
 

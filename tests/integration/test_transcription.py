@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -164,10 +164,14 @@ class Bucket:
         self.located += 1
         return f"https://storage/{file_path}?signature={self.located}"
 
-    async def save(self, file_path: str, chunks: object) -> int:
-        raise NotImplementedError
-
-    async def delete(self, file_path: str) -> bool:
+    async def save(
+        self,
+        file_path: str,
+        chunks: AsyncIterable[bytes],
+        content_type: str | None = None,
+        *,
+        replace: bool = True,
+    ) -> int:
         raise NotImplementedError
 
 
