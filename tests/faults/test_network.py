@@ -119,6 +119,7 @@ def test_a_worker_that_hears_no_notifications_stops_a_cancelled_job(
     settled()
 
 
+@pytest.mark.alone
 def test_sigterm_behind_half_open_connections_ends_the_worker(
     proxy: Proxy, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
 ) -> None:
