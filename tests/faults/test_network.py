@@ -1,5 +1,7 @@
 """What a network does: half-open connections, delays, resets, an unreachable database, poolers."""
 
+import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -7,8 +9,12 @@ from uuid import UUID
 
 import click
 import pytest
+from psycopg_pool import PoolTimeout
+from pydantic import SecretStr
 
-from tests.faults.fleet import Database, Fleet, Jobs, Worker, until
+from jobs import database as pools
+from jobs.settings import Settings
+from tests.faults.fleet import PATIENCE, Database, Fleet, Jobs, Worker, until
 from tests.faults.proxy import Proxy
 
 CALL_TIMEOUT = 10.0  # seconds, as in jobs.queue
@@ -86,6 +92,33 @@ def test_an_unreachable_database(
     settled()
     assert jobs.count("status <> 'completed'") == 0
     assert fleet.living == workers
+
+
+@pytest.mark.anyio
+async def test_connections_that_fall_silent_before_they_are_set_up_leave_the_pool_alive(
+    proxy: Proxy, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would keep the pool's few tasks, which make all connections, for ever."""
+    monkeypatch.setattr(pools, "CONNECTION_TIMEOUT", 1.0)
+    url = SecretStr(proxy.url(settings.database_url.get_secret_value()))
+    behind = settings.model_copy(update={"database_url": url})
+    proxy.silences_new = True
+    async with pools.make_pool(behind, name="test", for_queue=True) as pool:
+        for _ in range(3):
+            with pytest.raises(PoolTimeout):
+                await pool.getconn()
+        proxy.heal()
+        async with asyncio.timeout(PATIENCE):
+            while not await gets_one(pool):
+                pass
+
+
+async def gets_one(pool: pools.Pool) -> bool:
+    with contextlib.suppress(PoolTimeout):
+        async with pool.connection() as conn:
+            await conn.execute("select 1")
+            return True
+    return False
 
 
 @pytest.fixture
