@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -36,9 +35,9 @@ _left_behind: set[asyncio.Task[Any]] = set()
 class Pool(AsyncConnectionPool[Connection]):
     """A pool of which every wait ends, and in which a task that is cancelled is cancelled.
 
-    psycopg's own waits by ``asyncio.wait_for``, which in Python 3.11 forgets a cancellation that
+    psycopg_pool waits by ``asyncio.wait_for``, which in Python 3.11 forgets a cancellation that
     comes while a connection is being handed over: the task goes on, and whoever waits for its end
-    waits for ever. So it waits in a task of its own. ``use_timeout``: seconds for which a
+    waits for ever. So that wait is a task of its own here. ``use_timeout``: seconds for which a
     connection may be used; then it is closed.
     """
 
@@ -143,11 +142,12 @@ def deadline(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[Non
 
 def _hang_up(conn: psycopg.AsyncConnection[Any], waited: float) -> None:
     logger.warning("No answer from the database for %g s", waited)
-    with (
-        contextlib.suppress(OSError, psycopg.Error),
-        socket.socket(fileno=os.dup(conn.fileno())) as connection,
-    ):
-        connection.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError, psycopg.Error):  # it may be closed already
+        connection = socket.socket(fileno=conn.fileno())
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            connection.detach()  # it is psycopg's to close
 
 
 def _parameters(name: str) -> dict[str, Any]:

@@ -193,6 +193,7 @@ def ended(jobs: Jobs, job_id: UUID) -> bool:
     return jobs.row(job_id)["completed_at"] is not None
 
 
+@pytest.mark.alone
 def test_a_cancelled_job_reaches_every_call(
     fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, db: Database, settled: Callable[[], None]
 ) -> None:

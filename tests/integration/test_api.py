@@ -204,7 +204,7 @@ def test_unknown_jobs_and_users(api: TestClient, headers: Headers, settings: Set
         ({"aud": "anon"}, "udience"),
         ({"sub": "nobody"}, "UUID"),
         ({"sub": None}, "sub"),
-        ({"nbf": int(time.time()) + 600}, "not yet valid"),
+        ({"nbf": int(time.time()) + 86_400}, "not yet valid"),
     ],
 )
 def test_tokens_that_are_not_valid(

@@ -717,6 +717,7 @@ async def test_an_attempt_ends_while_its_progress_waits_for_a_connection(
     assert looked > 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "hangs", ["the database", "the compute side", "starting a call", "the progress"]
 )
