@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problem details: a stable code, a message for people, the field to blame."""
 
 import logging
+import math
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -18,6 +19,7 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.JobConflict: HTTPStatus.CONFLICT,
+    errors.LimitReached: HTTPStatus.TOO_MANY_REQUESTS,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
 }
@@ -39,7 +41,10 @@ async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     status = _STATUS.get(type(exc))
     if status is None:
         return await on_unexpected_error(_, exc)
-    return problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    response = problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    if exc.retry_after is not None:
+        response.headers["Retry-After"] = str(math.ceil(exc.retry_after))
+    return response
 
 
 async def on_database_away(_: Request, exc: Exception) -> Response:

@@ -249,6 +249,7 @@ declare
   max_queued bigint;
   max_month double precision;
   newest bigint;
+  known bigint;
   at_most bigint;
   margin bigint;
   alone boolean;
@@ -258,8 +259,8 @@ declare
 begin
   select coalesce(o.max_queued, d.max_queued),
          coalesce(o.max_audio_seconds_per_month, d.max_audio_seconds_per_month),
-         s.last_value, k.queued + s.last_value - k.as_of
-    into max_queued, max_month, newest, at_most
+         s.last_value, k.queued, k.queued + s.last_value - k.as_of
+    into max_queued, max_month, newest, known, at_most
     from pgscribe.default_limits d
    cross join procrastinate.procrastinate_jobs_id_seq s
     left join pgscribe.owner_limits o on o.owner_id = owner
@@ -267,7 +268,7 @@ begin
   -- Far from the limit nobody waits: there the margin is for what others insert at the same time. Near it, and for
   -- many rows at once, an owner's inserts take turns, and each sees what the one before has left.
   margin := 100 + max_queued / 10;
-  alone := added * 10 > margin;
+  alone := added * 10 > margin or coalesce(known > max_queued - margin, false);
   if alone or at_most is null or at_most > max_queued - margin then
     if not alone then
       waiting := pgscribe.count_queued(owner, max_queued + 1);
@@ -275,13 +276,20 @@ begin
     end if;
     if alone then
       perform pg_advisory_xact_lock(key);
-      waiting := pgscribe.count_queued(owner, max_queued + 1);
+      -- Their ids may be older than as_of, so they are added; once more than need be, as a rule.
+      newest := (select s.last_value from procrastinate.procrastinate_jobs_id_seq s);
+      update pgscribe.owner_queues k set queued = k.queued + added
+       where k.owner_id = owner and k.queued + newest - k.as_of + added <= max_queued;
+      if found then
+        waiting := null;
+      else
+        waiting := pgscribe.count_queued(owner, max_queued + 1);
+      end if;
     end if;
     if waiting > max_queued then
       perform pgscribe.refuse_over_limit('max_queued', format('the limit of %s jobs that wait is reached', max_queued),
         'Wait until some have started, cancel some, or ask for a higher limit.', max_queued, greatest(waiting - added, 0), 60);
-    end if;
-    if alone or pg_try_advisory_xact_lock(key) then
+    elsif waiting is not null and (alone or pg_try_advisory_xact_lock(key)) then
       insert into pgscribe.owner_queues as k (owner_id, queued, as_of) values (owner, waiting, newest)
       on conflict (owner_id) do update set queued = excluded.queued, as_of = excluded.as_of;
     end if;

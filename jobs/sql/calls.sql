@@ -4,6 +4,9 @@
 -- load_calls --
 select held, preparation, chunks from pgscribe.load_calls(%(job_id)s, %(attempt)s)
 
+-- job_limits --
+select max_file_bytes, max_seconds from pgscribe.job_limits(%(job_id)s)
+
 -- note_call --
 select pgscribe.note_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
 

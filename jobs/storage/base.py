@@ -15,6 +15,10 @@ class Storage(Protocol):
         """Store a stream, whole or not at all, and return its size in bytes."""
         ...
 
+    async def size(self, file_path: str) -> int | None:
+        """Return a file's size in bytes, ``None`` where there is no such file."""
+        ...
+
     async def delete(self, file_path: str) -> bool:
         """Delete a file; return whether there was one."""
         ...

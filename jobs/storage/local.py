@@ -52,6 +52,13 @@ class LocalStorage:
             raise
         return size
 
+    async def size(self, file_path: str) -> int | None:
+        """Return a file's size in bytes, ``None`` where there is no such file."""
+        try:
+            return (await asyncio.to_thread(self._resolve(file_path).stat)).st_size
+        except (FileNotFoundError, NotADirectoryError, AudioNotFound):
+            return None
+
     async def delete(self, file_path: str) -> bool:
         """Delete a file, and its folder if that is empty then; return whether there was one."""
         try:

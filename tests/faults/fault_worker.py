@@ -178,6 +178,9 @@ class NoStorage:
     async def save(self, file_path: str, chunks: object) -> int:
         raise NotImplementedError
 
+    async def size(self, file_path: str) -> int | None:
+        return 0
+
     async def delete(self, file_path: str) -> bool:
         raise NotImplementedError
 

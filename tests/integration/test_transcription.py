@@ -166,6 +166,9 @@ class Bucket:
     async def save(self, file_path: str, chunks: object) -> int:
         raise NotImplementedError
 
+    async def size(self, file_path: str) -> int | None:
+        return 1000
+
     async def delete(self, file_path: str) -> bool:
         raise NotImplementedError
 

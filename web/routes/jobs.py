@@ -113,8 +113,8 @@ async def list_jobs(request: Request) -> Response:
     status = JobStatus.parse(wanted) if wanted else None
     limit = _limit(request.query_params.get("limit"))
     async with as_user(request.app.state.pool, claims) as conn:
-        jobs = await service.list_jobs(conn, status=status, limit=limit)
-    return JSONResponse({"jobs": [job.model_dump(mode="json") for job in jobs]})
+        page = await service.list_jobs(conn, status=status, limit=limit)
+    return JSONResponse({"jobs": [job.model_dump(mode="json") for job in page.jobs]})
 
 
 def _limit(value: str | None) -> int:
