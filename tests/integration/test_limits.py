@@ -380,7 +380,9 @@ async def test_owners_see_their_limits(
     conn.execute("select pause_owner(id) from auth.users where id <> %s", (user,))
     await runner.run("succeeded", 12.5)
     async with as_user(pool, {"sub": str(user), "role": "authenticated"}) as own:
-        limits = {limit.limit: (limit.maximum, limit.current) for limit in await service.limits(own)}
+        limits = {
+            limit.limit: (limit.maximum, limit.current) for limit in await service.limits(own)
+        }
     assert limits == {
         "max_queued": (10_000, 2),
         "max_running": (100, 0),
@@ -441,7 +443,12 @@ def test_the_limits_of_the_version_before_can_still_be_set(
 
 # URLs
 
-GOOD = ["https://example.org/a.mp3", "http://x:8080", "https://[2001:db8::1]:1/a?b=c#d", "https://ü.de/@a"]
+GOOD = [
+    "https://example.org/a.mp3",
+    "http://x:8080",
+    "https://[2001:db8::1]:1/a?b=c#d",
+    "https://ü.de/@a",
+]
 BAD = [
     "", "ftp://x/a", "https://", "https:///a", "https://u@x/a", "https://u:p@x/a", "https://x/a b",
     "https://x/a\n", "https://x\\@y/a", "HTTPS://x", "//x/a", "https://x/" + "a" * 2048, "file:///a",
