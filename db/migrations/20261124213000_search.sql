@@ -6,7 +6,7 @@ create index processing_jobs_status_idx on public.processing_jobs (user_id, stat
 create function pgscribe.search_document(user_id uuid, result jsonb) returns tsvector
 language plpgsql immutable parallel unsafe cost 10000 set search_path = pg_catalog, pg_temp as $$
 declare
-  owner tsvector := array_to_tsvector(array['owner ' || user_id]);
+  owner tsvector := array_to_tsvector(array[' ' || user_id]);
   words text := coalesce(result ->> 'text', '');
 begin
   -- A tsvector holds a megabyte. No text of 128 kB makes more, whatever is in it; hours of speech do not either.
@@ -20,7 +20,7 @@ begin
   return owner || to_tsvector('simple', words);
 end $$;
 comment on function pgscribe.search_document is
-  'What a search looks into: the words of a transcript with their places and, as a word that no text has, its owner, so that nobody''s search reads others'' matches. Of a text with too many different words it has those of the beginning: it never fails.';
+  'What a search looks into: the words of a transcript with their places and, as a word that begins as none does, its owner, so that nobody''s search reads others'' matches. Of a text with too many different words it has those of the beginning: it never fails.';
 
 create index processing_jobs_search_idx on public.processing_jobs using gin (pgscribe.search_document(user_id, result))
   where status = 'completed';
@@ -84,7 +84,7 @@ begin
   if owner is null or numnode(words) = 0 then
     return;
   end if;
-  own := ('''owner ' || owner || '''')::tsquery && words;
+  own := (''' ' || owner || '''')::tsquery && words;
   return query
     with found as materialized (
       select p.id, p.created_at from public.processing_jobs p

@@ -78,6 +78,7 @@ async def find(pool: Pool, user: UUID, q: str) -> list[SearchResult]:
         ("' & | ! <-> :* \\", False),
         ("fox' \\", True),
         ("owner", False),
+        ("own", False),
     ],
 )
 async def test_words_phrases_and_exclusions(
@@ -127,16 +128,20 @@ async def test_hits_say_where_and_mark_what(
     conn: psycopg.Connection, user: UUID, pool: Pool
 ) -> None:
     text = (
-        "A \x02needle\x03 <b>&amp; ne",
+        "A \x02needle\x03 & ne",
         "none",
         "Needles, needle! straw",
-        "x",
+        "Hay",
         "hay needle",
         "needle",
     )
     complete(conn, user, transcript(*text))
     (result,) = await find(pool, user, "hay needle")
-    assert [(hit.start, hit.end) for hit in result.hits] == []
+    assert [(hit.start, hit.end, hit.text) for hit in result.hits] == [
+        (0, 9, "A \x02needle\x03 & ne"),
+        (20, 29, "\x02Needles\x03, \x02needle\x03! straw"),
+        (30, 39, "\x02Hay\x03"),
+    ]
 
 
 async def test_a_transcript_without_segments_has_a_place_in_its_text(
