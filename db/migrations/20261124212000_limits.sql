@@ -191,8 +191,8 @@ create table pgscribe.owner_queues (
 comment on table pgscribe.owner_queues is
   'How many jobs of an owner''s waited when the newest queue job had the id as_of. Each one more has an id of its own, so that they need not be counted again for as long as there can''t be too many.';
 
--- How many of an owner's jobs wait for their time; the others are counted in processing_jobs_waiting_idx.
-create index processing_jobs_scheduled_idx on public.processing_jobs (user_id) where status = 'queued' and due_at is not null;
+-- How many of an owner's jobs wait, and their list, newest first.
+create index processing_jobs_queued_idx on public.processing_jobs (user_id, created_at desc, id desc) where status = 'queued';
 
 create function pgscribe.this_month() returns date
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -210,10 +210,7 @@ comment on function pgscribe.used_seconds is 'The audio-seconds that were transc
 
 create function pgscribe.count_queued(owner uuid, at_most bigint) returns bigint
 language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
-  select (select count(*) from (select from public.processing_jobs p
-            where p.user_id = owner and p.status = 'queued' and p.due_at is null limit at_most) ready)
-       + (select count(*) from (select from public.processing_jobs p
-            where p.user_id = owner and p.status = 'queued' and p.due_at is not null limit at_most) scheduled)
+  select count(*) from (select from public.processing_jobs p where p.user_id = owner and p.status = 'queued' limit at_most) waiting
 $$;
 comment on function pgscribe.count_queued is 'How many jobs of an owner''s wait; it stops counting at some point.';
 
@@ -221,10 +218,7 @@ create function pgscribe.pending_seconds(owner uuid) returns double precision
 language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
   select coalesce(sum(s.seconds), 0) from (
     (select coalesce(p.audio_seconds, p.estimated_seconds) as seconds from public.processing_jobs p
-      where p.user_id = owner and p.status = 'queued' and p.due_at is null limit 100000)
-    union all
-    (select coalesce(p.audio_seconds, p.estimated_seconds) from public.processing_jobs p
-      where p.user_id = owner and p.status = 'queued' and p.due_at is not null limit 100000)
+      where p.user_id = owner and p.status = 'queued' limit 100000)
     union all
     (select coalesce(p.audio_seconds, p.estimated_seconds) from public.processing_jobs p
       where p.user_id = owner and p.status = 'processing' limit 100000)) s
@@ -616,8 +610,9 @@ create table pgscribe.audio_to_delete (
 comment on table pgscribe.audio_to_delete is
   'Audio of deleted jobs that is to be deleted from storage, once queue_job_id, which may still read it, is gone, unless another job names it by then.';
 
--- Whether another job names a file. Of 32 bits each, since most updates of a job add an entry.
-create index processing_jobs_file_path_idx on public.processing_jobs using hash (file_path);
+-- Whether a job that has ended names a file. The others are few, and an entry for each of their changes would cost more.
+create index processing_jobs_file_path_idx on public.processing_jobs using hash (file_path)
+  where status in ('completed', 'failed', 'cancelled');
 
 create or replace function pgscribe.abort_deleted_processing_jobs() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -653,7 +648,7 @@ revoke execute on function public.delete_processing_job from public, anon;
 grant execute on function public.delete_processing_job to authenticated, service_role;
 
 create function pgscribe.audio_to_delete(batch integer) returns text[]
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   paths text[];
 begin
@@ -662,8 +657,14 @@ begin
      group by a.file_path
     having not bool_or(exists (select from procrastinate.procrastinate_jobs q where q.id = a.queue_job_id and q.status = 'doing'))
      order by min(a.tried_at) nulls first, min(a.id) limit batch);
+  if paths = '{}' then
+    return paths;
+  end if;
   delete from pgscribe.audio_to_delete a
-   where a.file_path = any (paths) and exists (select from public.processing_jobs p where p.file_path = a.file_path);
+   where a.file_path = any (paths)
+     and (exists (select from public.processing_jobs p where p.file_path = a.file_path and p.status in ('completed', 'failed', 'cancelled'))
+       or a.file_path in (select p.file_path from public.processing_jobs p where p.status = 'queued')
+       or a.file_path in (select p.file_path from public.processing_jobs p where p.status = 'processing'));
   update pgscribe.audio_to_delete a set tried_at = now() where a.file_path = any (paths);
   return array(select distinct a.file_path from pgscribe.audio_to_delete a where a.file_path = any (paths));
 end $$;

@@ -1,7 +1,8 @@
 -- Lists of one status, and full-text search over an owner's own transcripts. docs/limits.md says what it finds.
 
--- An owner's list of one status, newest first, however many others there are.
-create index processing_jobs_status_idx on public.processing_jobs (user_id, status, created_at desc, id desc);
+-- An owner's list of jobs that have ended in one way, newest first, however many others there are.
+create index processing_jobs_status_idx on public.processing_jobs (user_id, status, created_at desc, id desc)
+  where status in ('completed', 'failed', 'cancelled');
 
 create function pgscribe.search_document(user_id uuid, result jsonb) returns tsvector
 language plpgsql immutable parallel unsafe cost 10000 set search_path = pg_catalog, pg_temp as $$
@@ -23,7 +24,7 @@ comment on function pgscribe.search_document is
   'What a search looks into: the words of a transcript with their places and, as a word that begins as none does, its owner, so that nobody''s search reads others'' matches. Of a text with too many different words it has those of the beginning: it never fails.';
 
 create index processing_jobs_search_idx on public.processing_jobs using gin (pgscribe.search_document(user_id, result))
-  where status = 'completed';
+  where status = 'completed' and result ->> 'text' <> '';
 
 create function pgscribe.search_query(q text) returns tsquery
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
@@ -88,7 +89,8 @@ begin
   return query
     with found as materialized (
       select p.id, p.created_at from public.processing_jobs p
-       where p.user_id = owner and p.status = 'completed' and pgscribe.search_document(p.user_id, p.result) @@ own
+       where p.user_id = owner and p.status = 'completed' and p.result ->> 'text' <> ''
+         and pgscribe.search_document(p.user_id, p.result) @@ own
          and (after_created_at is null or (p.created_at, p.id) < (after_created_at, coalesce(after_id, '00000000-0000-0000-0000-000000000000')))
        order by p.created_at desc, p.id desc limit "limit")
     select p.id, p.created_at, p.file_path, p.result ->> 'language', p.audio_seconds,

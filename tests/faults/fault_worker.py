@@ -179,7 +179,7 @@ class NoStorage:
         raise NotImplementedError
 
     async def size(self, file_path: str) -> int | None:
-        return 0
+        raise NotImplementedError
 
     async def delete(self, file_path: str) -> bool:
         raise NotImplementedError

@@ -168,7 +168,7 @@ class Bucket:
         raise NotImplementedError
 
     async def size(self, file_path: str) -> int | None:
-        return 1000
+        return 1000 if file_path else None
 
     async def delete(self, file_path: str) -> bool:
         raise NotImplementedError
@@ -827,7 +827,8 @@ async def test_the_compute_side_knows_the_longest_duration(case: Case) -> None:
 async def test_jobs_that_run_at_the_same_time_share_the_month(case: Case) -> None:
     limit_owner(case, "max_audio_seconds_per_month", 79)
     case.conn.execute(
-        "insert into processing_jobs (user_id, file_path) select user_id, 'u/b.mp3' from processing_jobs"
+        "insert into processing_jobs (user_id, file_path)"
+        " select user_id, 'u/b.mp3' from processing_jobs"
     )
     case.cloud.held = set(range(CHUNKS))
     first = case.start(await case.claim())
