@@ -611,7 +611,8 @@ comment on table pgscribe.audio_to_delete is
   'Audio of deleted jobs that is to be deleted from storage, once queue_job_id, which may still read it, is gone, unless another job names it by then.';
 
 -- Whether a job that has ended names a file. The others are few, and an entry for each of their changes would cost more.
-create index processing_jobs_file_path_idx on public.processing_jobs using hash (file_path)
+-- No hash index: very many jobs may name one file, and each insert would read all of its bucket.
+create index processing_jobs_file_path_idx on public.processing_jobs (hashtextextended(file_path, 0))
   where status in ('completed', 'failed', 'cancelled');
 
 create or replace function pgscribe.abort_deleted_processing_jobs() returns trigger
@@ -662,7 +663,9 @@ begin
   end if;
   delete from pgscribe.audio_to_delete a
    where a.file_path = any (paths)
-     and (exists (select from public.processing_jobs p where p.file_path = a.file_path and p.status in ('completed', 'failed', 'cancelled'))
+     and (exists (select from public.processing_jobs p
+                  where hashtextextended(p.file_path, 0) = hashtextextended(a.file_path, 0) and p.file_path = a.file_path
+                    and p.status in ('completed', 'failed', 'cancelled'))
        or a.file_path in (select p.file_path from public.processing_jobs p where p.status = 'queued')
        or a.file_path in (select p.file_path from public.processing_jobs p where p.status = 'processing'));
   update pgscribe.audio_to_delete a set tried_at = now() where a.file_path = any (paths);
