@@ -202,7 +202,8 @@ class Steps:
 
     async def delete(self) -> None:
         row = self._conn.execute(
-            "insert into processing_jobs (user_id, file_path) values (%(user)s::uuid, %(user)s::text || '/a')"
+            "insert into processing_jobs (user_id, file_path)"
+            " values (%(user)s::uuid, %(user)s::text || '/a')"
             " returning id",
             {"user": str(self._users[0])},
         ).fetchone()
