@@ -11,10 +11,12 @@ import procrastinate
 from jobs import database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
+from jobs.database import Pool
 from jobs.fetching import Fetcher
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
+from jobs.storage.base import Storage
 from jobs.storage.choose import make_storage
 from jobs.transcription import Limits, Transcriber, clean_up
 
@@ -64,7 +66,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             app,
             Transcriber(pool, storage, compute, Limits.of(settings), fetch),
             functools.partial(retention.prune, pool, storage, settings),
-            functools.partial(clean_up, pool, compute),
+            functools.partial(_clean_up, pool, storage, compute),
         )
         backoff = Backoff(1.0, 60.0)
         while not stop.is_set():
@@ -78,6 +80,13 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             except Exception:
                 logger.exception("The worker failed and is started again")
                 await backoff.sleep()
+
+
+async def _clean_up(pool: Pool, storage: Storage, compute: Compute) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(clean_up(pool, compute))
+        group.create_task(retention.delete_audio(pool, storage))
+        group.create_task(retention.add_up_usage(pool))
 
 
 async def _run_until_stopped(worker: Worker, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
