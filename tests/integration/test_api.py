@@ -68,8 +68,8 @@ def test_submit_and_read(
     assert (job["id"], job["job_id"]) == row[:2]
     assert set(job) == {
         "id", "created_at", "updated_at", "scheduled_at", "started_at", "completed_at", "user_id",
-        "job_id", "file_path", "audio_url", "webhook_url", "options", "status", "progress", "attempt",
-        "priority", "max_attempts", "idempotency_key", "due_at", "cancel_requested_at",
+        "job_id", "file_path", "audio_url", "webhook_url", "options", "status", "progress",
+        "attempt", "priority", "max_attempts", "idempotency_key", "due_at", "cancel_requested_at",
         "retry_requested_at",
         "audio_seconds", "estimated_seconds", "usage", "note", "error_code", "error", "result",
     }  # fmt: skip
