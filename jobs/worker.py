@@ -83,10 +83,15 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
 
 
 async def _clean_up(pool: Pool, storage: Storage, compute: Compute) -> None:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(clean_up(pool, compute))
-        group.create_task(retention.delete_audio(pool, storage))
-        group.create_task(retention.add_up_usage(pool))
+    answers = await asyncio.gather(
+        clean_up(pool, compute),
+        retention.delete_audio(pool, storage),
+        retention.add_up_usage(pool),
+        return_exceptions=True,  # none keeps the others from their work
+    )
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
 
 
 async def _run_until_stopped(worker: Worker, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
