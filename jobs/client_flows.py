@@ -9,7 +9,7 @@ import json
 import mimetypes
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from http import HTTPStatus
 from itertools import count
@@ -261,11 +261,18 @@ class Flows:
     def transcript(self, job_id: UUID, form: TranscriptFormat) -> Flow[Transcript | str]:
         """Get a transcript."""
         reply = yield from self._ask(requests.transcript(job_id, form))
+        if reply.headers.get("pgscribe-partial") == "true":
+            raise RequestFailed(
+                "The job is not completed yet; wait for it, or follow it for its text",
+                status=reply.status,
+                code="transcript_not_ready",
+            )
         if form != "json":
             return reply.body.decode()
         try:
-            return Transcript.from_dict(json.loads(reply.body))
-        except (AttributeError, KeyError, TypeError, ValueError):
+            said = json.loads(reply.body)
+            return Transcript.from_dict({part.name: said[part.name] for part in fields(Transcript)})
+        except (KeyError, TypeError, ValueError):
             raise requests.unexpected(reply) from None
 
     # Audio --------------------------------------------------------------------------------------
@@ -560,24 +567,26 @@ class _Following:
             if data is None or isinstance(data, Lost):
                 return
             try:
-                yield from self._tell(data)
+                ended = yield from self._tell(data)
             except (StreamUnreadable, ValidationError):
                 self.streams = False
                 return
-            if self.deadline.left() <= requests.STREAM_SILENCE:
+            if ended or self.deadline.left() <= requests.STREAM_SILENCE:
                 return
 
-    def _tell(self, data: bytes) -> Flow[None]:
+    def _tell(self, data: bytes) -> Flow[bool]:
+        """Yield what events say; return whether the stream says that it ends."""
         for event in self.reader.feed(data):
             self.broken = 0
-            if event.name == "end":
-                self.over = True
-                return
+            if event.name == "end":  # of this stream: a token may have expired
+                self.over = self.seen is not None and self.seen.status.ended
+                return True
             told = requests.job_event(self.job_id, event.name, event.data)
             if told is not None and told != self.seen:
                 self.seen = told if isinstance(told, JobChanged) else self.seen
                 self.over = isinstance(told, JobDeleted)
                 yield Item(told)
+        return False
 
     def _poll(self) -> Flow[None]:
         answered = yield from self.flows._exchange(  # noqa: SLF001 - a part of it

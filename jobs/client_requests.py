@@ -96,9 +96,9 @@ def submit(job: NewJob, key: str) -> Request:
 
 
 def submit_many(jobs: Sequence[NewJob], key: str) -> Request:
-    """Submit jobs, all or none of them, once only for a key."""
+    """Submit jobs, all or none of them. That servers obey the key here is not certain enough."""
     body = {"jobs": [job.body() for job in jobs]}
-    return Request("POST", "/process/batch", headers=_key(key), json=body)
+    return Request("POST", "/process/batch", headers=_key(key), json=body, repeatable=False)
 
 
 def _key(key: str) -> dict[str, str]:

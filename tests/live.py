@@ -139,7 +139,11 @@ def _read_request(client: socket.socket) -> tuple[bytes, bytes]:
         data += received
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
-        (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")),
+        (
+            int(line[15:])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length:")
+        ),
         0,
     )
     while len(body) < length:
