@@ -22,6 +22,7 @@ from collections.abc import (
     Mapping,
 )
 from datetime import datetime
+from functools import partial
 from inspect import isawaitable
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ from jobs.client_requests import (
     Reply,
     Request,
     SearchHit,
+    SearchResult,
     TextFormat,
     TranscriptFormat,
 )
@@ -74,6 +76,7 @@ __all__ = [
     "RequestFailed",
     "Retries",
     "SearchHit",
+    "SearchResult",
     "ServerUnreachable",
     "WaitTimedOut",
 ]
@@ -102,9 +105,9 @@ class _Connection(Generic[TokenT]):
         url: str,
         token: TokenT,
         *,
-        user_id: UUID | str | None = None,
-        timeout: float = 30.0,
-        retries: Retries | None = None,
+        user_id: UUID | str | None,
+        timeout: float,
+        retries: Retries | None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
@@ -115,7 +118,7 @@ class _Connection(Generic[TokenT]):
         self._token = token
         self._flows = Flows(self._url, retries or Retries())
         self._timeout = timeout
-        self._user = {} if user_id is None else {"Pgscribe-User": str(UUID(str(user_id)))}
+        self._user = {} if user_id is None else {"Pgscribe-User": str(_uuid("user_id", user_id))}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -174,12 +177,15 @@ def _reply(response: httpx2.Response, body: bytes) -> Reply:
     return Reply(response.status_code, headers, body)
 
 
-def _job_id(job_id: UUID | str) -> UUID:
+def _uuid(field: str, value: UUID | str) -> UUID:
     """Return an id. Raises ``InvalidInput``."""
     try:
-        return job_id if isinstance(job_id, UUID) else UUID(job_id)
+        return value if isinstance(value, UUID) else UUID(value)
     except ValueError:
-        raise InvalidInput("job_id: must be a UUID", field="job_id") from None
+        raise InvalidInput(f"{field}: must be a UUID", field=field) from None
+
+
+_job_id = partial(_uuid, "job_id")
 
 
 def _report(job_id: UUID, progress: float | None, note: str | None) -> JobChanged:
@@ -263,8 +269,23 @@ class JobClient(_Connection[str | Callable[[], str]]):
     to insist.
     """
 
-    def __enter__(self) -> Self:
+    def __init__(
+        self,
+        url: str,
+        token: str | Callable[[], str],
+        *,
+        user_id: UUID | str | None = None,
+        timeout: float = 30.0,
+        retries: Retries | None = None,
+    ) -> None:
+        super().__init__(url, token, user_id=user_id, timeout=timeout, retries=retries)
         self._http = httpx2.Client(**self._transport())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -273,7 +294,7 @@ class JobClient(_Connection[str | Callable[[], str]]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._http.close()
+        self.close()
 
     def _current(self) -> str:
         return self._token if isinstance(self._token, str) else self._token()
@@ -325,14 +346,17 @@ class JobClient(_Connection[str | Callable[[], str]]):
         With an ``idempotency_key`` that was used before, that is the job of then. Without, the
         client makes one up, so that a broken connection can't submit twice.
         """
-        job = NewJob(file_path, options, audio_url, scheduled_at, priority, webhook_url)
-        return self._run(self._flows.submit(job, idempotency_key))
+        job = NewJob(
+            file_path, options, audio_url, scheduled_at, priority, webhook_url, idempotency_key
+        )
+        return self._run(self._flows.submit(job))
 
-    def submit_many(
-        self, jobs: Iterable[NewJob], *, idempotency_key: str | None = None
-    ) -> list[UUID]:
-        """Submit jobs in one transaction and return their ids, in the same order."""
-        return self._run(self._flows.submit_many(list(jobs), idempotency_key))
+    def submit_many(self, jobs: Iterable[NewJob]) -> list[UUID]:
+        """Submit jobs in one transaction and return their ids, in the same order.
+
+        Those without an ``idempotency_key`` get one, as with ``submit``.
+        """
+        return self._run(self._flows.submit_many(list(jobs)))
 
     def get_job(self, job_id: UUID | str) -> ProcessingJob:
         """Return a job as it is now."""
@@ -345,8 +369,8 @@ class JobClient(_Connection[str | Callable[[], str]]):
         wanted = None if status is None else JobStatus.parse(status)
         return self._items(self._flows.list_jobs(wanted, limit))
 
-    def search(self, text: str, limit: int | None = None) -> Iterator[SearchHit]:
-        """Yield the jobs whose transcripts have these words, the best first."""
+    def search(self, text: str, limit: int | None = None) -> Iterator[SearchResult]:
+        """Yield the jobs whose transcripts have these words, the newest first."""
         return self._items(self._flows.search(text, limit))
 
     def cancel(self, job_id: UUID | str) -> ProcessingJob:
@@ -477,8 +501,23 @@ AsyncToken = str | Callable[[], str | Awaitable[str]]
 class AsyncJobClient(_Connection[AsyncToken]):
     """As ``JobClient``, for asyncio. The function for ``token`` may be a coroutine's."""
 
-    async def __aenter__(self) -> Self:
+    def __init__(
+        self,
+        url: str,
+        token: AsyncToken,
+        *,
+        user_id: UUID | str | None = None,
+        timeout: float = 30.0,
+        retries: Retries | None = None,
+    ) -> None:
+        super().__init__(url, token, user_id=user_id, timeout=timeout, retries=retries)
         self._http = httpx2.AsyncClient(**self._transport())
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -487,7 +526,7 @@ class AsyncJobClient(_Connection[AsyncToken]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._http.aclose()
+        await self.aclose()
 
     async def _current(self) -> str:
         if isinstance(self._token, str):
@@ -544,14 +583,14 @@ class AsyncJobClient(_Connection[AsyncToken]):
         idempotency_key: str | None = None,
     ) -> UUID:
         """Submit a job and return its id, as ``JobClient.submit`` does."""
-        job = NewJob(file_path, options, audio_url, scheduled_at, priority, webhook_url)
-        return await self._run(self._flows.submit(job, idempotency_key))
+        job = NewJob(
+            file_path, options, audio_url, scheduled_at, priority, webhook_url, idempotency_key
+        )
+        return await self._run(self._flows.submit(job))
 
-    async def submit_many(
-        self, jobs: Iterable[NewJob], *, idempotency_key: str | None = None
-    ) -> list[UUID]:
-        """Submit jobs in one transaction and return their ids, in the same order."""
-        return await self._run(self._flows.submit_many(list(jobs), idempotency_key))
+    async def submit_many(self, jobs: Iterable[NewJob]) -> list[UUID]:
+        """Submit jobs in one transaction, as ``JobClient.submit_many`` does."""
+        return await self._run(self._flows.submit_many(list(jobs)))
 
     async def get_job(self, job_id: UUID | str) -> ProcessingJob:
         """Return a job as it is now."""
@@ -564,8 +603,8 @@ class AsyncJobClient(_Connection[AsyncToken]):
         wanted = None if status is None else JobStatus.parse(status)
         return self._items(self._flows.list_jobs(wanted, limit))
 
-    def search(self, text: str, limit: int | None = None) -> AsyncGenerator[SearchHit, None]:
-        """Yield the jobs whose transcripts have these words, the best first."""
+    def search(self, text: str, limit: int | None = None) -> AsyncGenerator[SearchResult, None]:
+        """Yield the jobs whose transcripts have these words, the newest first."""
         return self._items(self._flows.search(text, limit))
 
     async def cancel(self, job_id: UUID | str) -> ProcessingJob:

@@ -27,6 +27,7 @@ from jobs.client_requests import (
     JobChanged,
     JobDeleted,
     NewJob,
+    PartialText,
     Reply,
     Request,
     Ticket,
@@ -217,14 +218,14 @@ class Flows:
         answered = yield from self._exchange(request, deadline)
         return requests.done(answered.reply)
 
-    def submit(self, job: NewJob, key: str | None) -> Flow[UUID]:
-        """Submit a job; with a key of its own, so that it is submitted once."""
-        reply = yield from self._ask(requests.submit(job, key or str(uuid4())))
+    def submit(self, job: NewJob) -> Flow[UUID]:
+        """Submit a job."""
+        reply = yield from self._ask(requests.submit(job))
         return requests.parse(requests.Accepted, reply).job_id
 
-    def submit_many(self, jobs: Sequence[NewJob], key: str | None) -> Flow[list[UUID]]:
+    def submit_many(self, jobs: Sequence[NewJob]) -> Flow[list[UUID]]:
         """Submit jobs in one transaction."""
-        reply = yield from self._ask(requests.submit_many(jobs, key or str(uuid4())))
+        reply = yield from self._ask(requests.submit_many(jobs))
         return [job.job_id for job in requests.parse(requests.AllAccepted, reply).jobs]
 
     def job(self, request: Request, deadline: Deadline | None = None) -> Flow[ProcessingJob]:
@@ -514,6 +515,7 @@ class _Following:
     streams: bool = True
     broken: int = 0  # streams in a row that brought no event
     reader: EventReader = field(default_factory=EventReader)
+    text: str = ""
 
     def run(self) -> Flow[None]:
         """Yield events until the job has ended or is deleted."""
@@ -582,7 +584,10 @@ class _Following:
                 self.over = self.seen is not None and self.seen.status.ended
                 return True
             told = requests.job_event(self.job_id, event.name, event.data)
-            if told is not None and told != self.seen:
+            if isinstance(told, requests.Partial):
+                self.text = self.text[: told.offset] + told.text
+                yield Item(PartialText(self.job_id, self.text))
+            elif told is not None and told != self.seen:
                 self.seen = told if isinstance(told, JobChanged) else self.seen
                 self.over = isinstance(told, JobDeleted)
                 yield Item(told)

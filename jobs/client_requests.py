@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -62,7 +62,8 @@ class Request:
 class NewJob:
     """A job to be submitted: audio in storage (``file_path``) or elsewhere (``audio_url``).
 
-    ``scheduled_at`` is aware. ``priority``, -100 to 100, is among the owner's own jobs.
+    ``scheduled_at`` is aware. ``priority``, -100 to 100, is among the owner's own jobs. With an
+    ``idempotency_key`` that was used before, it is the job of then.
     """
 
     file_path: str | None = None
@@ -71,6 +72,7 @@ class NewJob:
     scheduled_at: datetime | None = None
     priority: int = 0
     webhook_url: str | None = None
+    idempotency_key: str | None = None
 
     def body(self) -> dict[str, Any]:
         """Return what says so in JSON. Raises ``InvalidInput``."""
@@ -90,23 +92,28 @@ class NewJob:
         return {name: value for name, value in said.items() if value is not None}
 
 
-def submit(job: NewJob, key: str) -> Request:
-    """Submit a job, once only for a key."""
-    return Request("POST", "/process", headers=_key(key), json=job.body())
+def submit(job: NewJob) -> Request:
+    """Submit a job, once only."""
+    return Request(
+        "POST", "/process", headers={"Idempotency-Key": _key(job.idempotency_key)}, json=job.body()
+    )
 
 
-def submit_many(jobs: Sequence[NewJob], key: str) -> Request:
-    """Submit jobs, all or none of them. That servers obey the key here is not certain enough."""
-    body = {"jobs": [job.body() for job in jobs]}
-    return Request("POST", "/process/batch", headers=_key(key), json=body, repeatable=False)
+def submit_many(jobs: Sequence[NewJob]) -> Request:
+    """Submit jobs, all or none of them, and each once only: each has a key of its own."""
+    body = [job.body() | {"idempotencyKey": _key(job.idempotency_key)} for job in jobs]
+    return Request("POST", "/process/batch", json={"jobs": body})
 
 
-def _key(key: str) -> dict[str, str]:
+def _key(key: str | None) -> str:
+    """Return what can be a header's value: the key, or one that is made up."""
+    if key is None:
+        return str(uuid4())
     if not re.fullmatch("[!-~]([ -~]{0,198}[!-~])?", key):
         raise InvalidInput(
             "idempotency_key: must be 1 to 200 characters of ASCII", field="idempotency_key"
         )
-    return {"Idempotency-Key": key}
+    return key
 
 
 def get_job(job_id: UUID) -> Request:
@@ -232,17 +239,32 @@ class JobPage(BaseModel):
 
 
 class SearchHit(BaseModel):
-    """A job whose transcript has the words. ``model_extra`` is what else the server says of it."""
+    """A place in a recording; times are in seconds, ``None`` where they are not known."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True)
 
-    job_id: UUID
+    start: float | None = None
+    end: float | None = None
+    text: str
+
+
+class SearchResult(BaseModel):
+    """A completed job in whose transcript a search has found something."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: UUID
+    created_at: datetime
+    file_path: str
+    language: str | None = None
+    audio_seconds: float | None = None
+    hits: list[SearchHit]
 
 
 class SearchPage(BaseModel):
     """What was found, and where the rest is."""
 
-    results: list[SearchHit]
+    results: list[SearchResult]
     next_cursor: str | None = None
 
 
@@ -374,8 +396,11 @@ class _Job(BaseModel):
     error: str | None = None
 
 
-class _Partial(BaseModel):
-    text: str | None
+class Partial(BaseModel):
+    """What has been added to a job's text behind its first ``offset`` characters."""
+
+    text: str
+    offset: int = Field(0, ge=0)
 
 
 def changed(job: JobSummary | _Job) -> JobChanged:
@@ -383,7 +408,7 @@ def changed(job: JobSummary | _Job) -> JobChanged:
     return JobChanged(job.id, job.status, job.progress, job.note, job.error_code, job.error)
 
 
-def job_event(job_id: UUID, name: str, data: str) -> JobEvent | None:
+def job_event(job_id: UUID, name: str, data: str) -> JobChanged | Partial | JobDeleted | None:
     """Return what an event of a stream says; ``None`` where this version does not know it.
 
     Raises pydantic's ``ValidationError``.
@@ -391,5 +416,5 @@ def job_event(job_id: UUID, name: str, data: str) -> JobEvent | None:
     if name == "job":
         return changed(_Job.model_validate_json(data))
     if name == "partial":
-        return PartialText(job_id, _Partial.model_validate_json(data).text or "")
+        return Partial.model_validate_json(data)
     return JobDeleted(job_id) if name == "deleted" else None

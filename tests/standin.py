@@ -73,6 +73,7 @@ class Standin:
     files: dict[str, bytes] = field(default_factory=dict)
     partial: dict[str, tuple[int, bytearray, str]] = field(default_factory=dict)
     tokens: list[str] = field(default_factory=list)
+    keys: dict[str, UUID] = field(default_factory=dict)
     expire: bool = False  # the next HEAD finds no upload
     location: str = ""  # where uploads are said to be; by default where they are
 
@@ -180,9 +181,13 @@ class Standin:
 
     async def batch(self, request: Request) -> Response:
         self._authorize(request)
-        assert request.headers["idempotency-key"]
-        added = [self.add(file_path=job["filePath"]) for job in (await request.json())["jobs"]]
-        jobs = [{"jobId": str(job), "status": "queued", "message": ""} for job in added]
+        ids = []
+        for job in (await request.json())["jobs"]:
+            key = job["idempotencyKey"]
+            if key not in self.keys:
+                self.keys[key] = self.add(file_path=job["filePath"], idempotency_key=key)
+            ids.append(self.keys[key])
+        jobs = [{"jobId": str(job), "status": "queued", "message": ""} for job in ids]
         return JSONResponse({"jobs": jobs}, HTTPStatus.ACCEPTED)
 
     async def list(self, request: Request) -> Response:
@@ -232,5 +237,10 @@ class Standin:
         return Response(self.files[path], media_type="audio/mpeg")
 
     async def search(self, request: Request) -> Response:
-        hits = [{"job_id": str(job), "snippet": request.query_params["q"]} for job in self.jobs]
-        return JSONResponse({"results": hits, "next_cursor": None})
+        hit = {"start": 1.5, "end": 3, "text": request.query_params["q"]}
+        shown = ("id", "created_at", "file_path", "audio_seconds")
+        results = [
+            {name: job[name] for name in shown} | {"language": "en", "hits": [hit]}
+            for job in self.jobs.values()
+        ]
+        return JSONResponse({"results": results, "next_cursor": None})

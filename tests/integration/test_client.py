@@ -410,6 +410,8 @@ def test_unusable_urls(url: str) -> None:
         with pytest.raises(InvalidInput, match="url: ") as refused:
             kind(url, "a-token")
         assert "u:p" not in str(refused.value)
+        with pytest.raises(InvalidInput, match="user_id"):
+            kind("https://example.org", "a-key", user_id="me")
 
 
 def test_unusable_arguments_are_refused_before_anything_is_sent(
@@ -570,13 +572,15 @@ def test_signed_urls_are_in_no_log(
 
 
 def test_submit_many(stood_in: JobClient, standin: Standin, front: FaultyProxy) -> None:
-    ids = stood_in.submit_many([NewJob("u/1.mp3"), NewJob("u/2.mp3", {"model": "tiny"})])
-    assert list(standin.jobs) == ids
-    assert len(front.requests[0][2]["idempotency-key"]) == 36
     front.faults = [("POST", "answer")]
-    with pytest.raises(ServerUnreachable):
-        stood_in.submit_many([NewJob("u/3.mp3")])
-    assert len(standin.jobs) == 3
+    ids = stood_in.submit_many(
+        [NewJob("u/1.mp3"), NewJob("u/2.mp3", {"model": "tiny"}, idempotency_key="mine")]
+    )
+    assert front.seen("POST") == 2
+    assert list(standin.jobs) == ids
+    assert standin.keys["mine"] == ids[1]
+    with pytest.raises(InvalidInput, match="idempotency_key"):
+        stood_in.submit_many([NewJob("u/3.mp3", idempotency_key="")])
 
 
 def test_list_jobs_goes_through_all_pages(
@@ -607,7 +611,9 @@ def test_follow_a_stream(stood_in: JobClient, standin: Standin, front: FaultyPro
     job_id = standin.add()
     queued = event("job", "1", id=str(job_id), status="queued", progress=0, more="later")
     running = event("job", "2", id=str(job_id), status="processing", progress=0.5)
-    text = event("partial", "3", text="Grüße und", ready=1, chunks=2)
+    text = event("partial", "3", text="Grüße und", ready=1, chunks=2, offset=0)
+    text += event("partial", "3", text=" Küsse", ready=2, chunks=2, offset=9)
+    text += event("partial", "3", text="Anders", ready=1, chunks=2, offset=0)
     done = event("job", "4", id=str(job_id), status="completed", progress=1)
     whole = b": ping\n\n" + queued + running + text + b"event: news\ndata: x\n\n" + done
     whole += event("end", "5")
@@ -618,6 +624,8 @@ def test_follow_a_stream(stood_in: JobClient, standin: Standin, front: FaultyPro
             JobChanged(job_id, JobStatus.QUEUED, 0),
             JobChanged(job_id, JobStatus.PROCESSING, 0.5),
             PartialText(job_id, "Grüße und"),
+            PartialText(job_id, "Grüße und Küsse"),
+            PartialText(job_id, "Anders"),
             JobChanged(job_id, JobStatus.COMPLETED, 1),
         ]
     assert [path for _, path, _ in front.requests] == [f"/jobs/{job_id}/events"] * 2
@@ -710,8 +718,8 @@ def test_transcript(stood_in: JobClient, standin: Standin, front: FaultyProxy) -
 
 def test_search(stood_in: JobClient, standin: Standin, front: FaultyProxy) -> None:
     job_id = standin.add()
-    (hit,) = stood_in.search("guten Tag & more")
-    assert (hit.job_id, hit.model_extra) == (job_id, {"snippet": "guten Tag & more"})
+    (found,) = stood_in.search("guten Tag & more")
+    assert (found.id, [hit.text for hit in found.hits]) == (job_id, ["guten Tag & more"])
     assert front.requests[0][1] == "/search?q=guten+Tag+%26+more&limit=100"
 
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import assert_type
 from uuid import UUID
 
-from jobs.client import AsyncJobClient, JobChanged, JobClient, JobEvent, NewJob, SearchHit
+from jobs.client import AsyncJobClient, JobChanged, JobClient, JobEvent, NewJob, SearchResult
 from jobs.models import JobSummary, ProcessingJob, Transcript, TranscriptionOptions
 
 
@@ -24,7 +24,7 @@ def blocking(job_id: UUID) -> None:
         assert_type(client.transcript(job_id, "json"), Transcript)
         assert_type(client.transcript(job_id, format="srt"), str)
         client.transcript(job_id, "doc")  # type: ignore[call-overload]
-        assert_type(client.search("words"), Iterator[SearchHit])
+        assert_type(client.search("words"), Iterator[SearchResult])
         assert_type(client.download_audio(job_id, "talk.mp3"), int)
         assert_type(client.update_job_status(job_id, progress=0.5), JobChanged)
 
