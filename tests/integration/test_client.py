@@ -637,13 +637,13 @@ def test_a_broken_stream_is_resumed(
     job_id = standin.add()
     queued = event("job", "7", id=str(job_id), status="queued", progress=0)
     half = event("job", "8", id=str(job_id), status="processing", progress=0.5)
-    standin.streams = [[queued], [half, event("deleted", "9", id=str(job_id))]]
+    standin.streams = [[queued], [b": ping"], [half, event("deleted", "9", id=str(job_id))]]
     followed = stood_in.follow(job_id)
     assert next(followed) == JobChanged(job_id, JobStatus.QUEUED, 0)
     assert list(followed) == [JobChanged(job_id, JobStatus.PROCESSING, 0.5), JobDeleted(job_id)]
-    assert standin.resumed_from == ["", "7"]
+    assert standin.resumed_from == ["", "7", "7"]
     assert [path.rpartition("/")[2] for _, path, _ in front.requests] == [
-        "events", str(job_id), "events",
+        "events", str(job_id), "events", str(job_id), "events",
     ], "in between, it looks at the job"  # fmt: skip
 
 
