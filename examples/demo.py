@@ -15,7 +15,7 @@ import psycopg
 
 from jobs import terminal
 from jobs.cli import HOME
-from jobs.client import Client
+from jobs.client import JobClient
 from jobs.dev import USER_ID, Embedded, exit_on_signals
 from jobs.models import ProcessingJob, Transcript
 
@@ -67,12 +67,12 @@ def seconds_running(job: ProcessingJob) -> float:
 
 def run(embedded: Embedded) -> None:
     """Run both jobs and print what comes of them."""
-    with Client(embedded.url, embedded.token) as client:
+    with JobClient(embedded.url, embedded.token) as client:
         file_path = client.upload(SAMPLE)
         print(f"1. Uploaded {SAMPLE.name} and submitted it through the REST API.\n")
-        job_id = client.process(file_path)
+        job_id = client.submit(file_path)
         with terminal.progress("   transcribing") as on_change:
-            job = client.wait(job_id, on_change)
+            job = client.wait(job_id, on_change=on_change)
         transcript = finished(job)
         print(*terminal.lines(transcript), sep="\n")
         error_rate = word_error_rate(TEXT.read_text(encoding="utf-8"), transcript.text)
@@ -87,7 +87,7 @@ def run(embedded: Embedded) -> None:
         print(f"   {INSERT.decode()}\n")
         job_id, committing = insert_with_sql(embedded.postgres.url(), file_path)
         with terminal.progress("   transcribing") as on_change:
-            second = client.wait(job_id, on_change)
+            second = client.wait(job_id, on_change=on_change)
         same = finished(second).text == transcript.text
         assert second.started_at is not None
         pickup = (second.started_at - committing).total_seconds()

@@ -312,7 +312,7 @@ def transcribe(  # noqa: PLR0913 - one argument per option
       pgscribe transcribe --format timestamps --language de *.m4a > all.txt
     """
     from jobs import terminal
-    from jobs.client import Client
+    from jobs.client import JobClient
     from jobs.models import Transcript
     from jobs.settings import ClientSettings
 
@@ -325,11 +325,11 @@ def transcribe(  # noqa: PLR0913 - one argument per option
     )
     settings = ClientSettings.load()
     failed = False
-    with Client(settings.url, settings.token.get_secret_value()) as client:
-        submitted = [(file, client.process(client.upload(file), options)) for file in files]
+    with JobClient(settings.url, settings.token.get_secret_value()) as client:
+        submitted = [(file, client.submit(client.upload(file), options)) for file in files]
         for file, job_id in submitted:
             with terminal.progress(file.name) as on_change:
-                job = client.wait(job_id, on_change)
+                job = client.wait(job_id, on_change=on_change)
             if job.result is None:
                 failed = True
                 click.echo(f"{file.name}: {job.status}: {job.error}", err=True)

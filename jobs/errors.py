@@ -289,6 +289,34 @@ class ServerUnreachable(PgscribeError):
 
 
 class RequestFailed(PgscribeError):
-    """The server refused a request; the message is its own."""
+    """The server refused a request: ``detail`` and ``code`` are its own, ``status`` is HTTP's.
+
+    ``field`` is to blame, ``limit`` was hit, and in ``retry_after`` seconds it may be otherwise,
+    where the server said so.
+    """
 
     code = "request_failed"
+
+    def __init__(  # noqa: PLR0913 - each has a name
+        self,
+        detail: str,
+        *,
+        status: int,
+        code: str | None = None,
+        field: str | None = None,
+        limit: float | str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(f"{detail} (HTTP {status})")
+        self.detail = detail
+        self.status = status
+        self.code = code or type(self).code
+        self.field = field
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class WaitTimedOut(PgscribeError):
+    """The job had not ended when the time to wait for it was over; it goes on."""
+
+    code = "wait_timed_out"

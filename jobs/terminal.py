@@ -4,14 +4,31 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Protocol
 
 import click
 
-from jobs.models import JobStatus, JobSummary, ProcessingJob, Transcript
+from jobs.models import JobStatus, JobSummary, Transcript
 
 STEPS = 100
 LINE_EVERY = 20  # steps between two plain lines
-OnChange = Callable[[ProcessingJob], None]
+
+
+class Progressing(Protocol):
+    """A job, or an event that tells of one."""
+
+    @property
+    def status(self) -> JobStatus:
+        """The job's status."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """How far it has come, 0 to 1."""
+        ...
+
+
+OnChange = Callable[[Progressing], None]
 
 
 @contextmanager
@@ -23,7 +40,7 @@ def progress(label: str) -> Iterator[OnChange]:
         return
     shown: tuple[JobStatus, int] | None = None
 
-    def show_line(job: ProcessingJob) -> None:
+    def show_line(job: Progressing) -> None:
         nonlocal shown
         now = (job.status, _steps(job) // LINE_EVERY)
         if now != shown:
@@ -33,7 +50,7 @@ def progress(label: str) -> Iterator[OnChange]:
     yield show_line
 
 
-def _steps(job: ProcessingJob) -> int:
+def _steps(job: Progressing) -> int:
     return int(job.progress * STEPS)
 
 
