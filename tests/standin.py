@@ -47,9 +47,8 @@ def job_row(job_id: UUID, **values: Any) -> dict[str, Any]:
     user_id = str(UUID(int=1))
     return empty | {
         "id": str(job_id), "created_at": now, "updated_at": now, "user_id": user_id,
-        "job_id": "1", "file_path": f"{user_id}/talk.mp3", "options": {}, "audio_url": None, "webhook_url": None,
-        "status": "queued",
-        "progress": 0.0, "attempt": 0, "priority": 0,
+        "job_id": "1", "file_path": f"{user_id}/talk.mp3", "options": {}, "status": "queued",
+        "audio_url": None, "webhook_url": None, "progress": 0.0, "attempt": 0, "priority": 0,
     } | values  # fmt: skip
 
 
