@@ -16,12 +16,16 @@ from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
 from web import openapi, problems
 from web.auth import TokenVerifier
-from web.routes import docs, jobs, uploads
+from web.routes import docs, jobs, transcripts, uploads
 
-TAGS = {"Jobs": "Transcription jobs.", "Audio": "Recordings in storage."}
+TAGS = {
+    "Jobs": "Transcription jobs.",
+    "Transcripts": "What was said, as text and as subtitles.",
+    "Audio": "Recordings in storage.",
+}
 
 # In the order in which they are matched.
-ENDPOINTS = [*jobs.endpoint.all, *uploads.endpoint.all]
+ENDPOINTS = [*jobs.endpoint.all, *transcripts.endpoint.all, *uploads.endpoint.all]
 
 
 async def healthz(_: Request) -> Response:

@@ -125,7 +125,8 @@ def _response(answer: Answer, models: _Models) -> dict[str, Any]:
     response: dict[str, Any] = {"description": answer.description}
     if answer.media_types:
         response["content"] = {
-            media: _media(answer.model, "serialization", models) for media in answer.media_types
+            media: _media(answer.model if "json" in media else None, "serialization", models)
+            for media in answer.media_types
         }
     if answer.headers:
         response["headers"] = {

@@ -22,6 +22,9 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.JobConflict: HTTPStatus.CONFLICT,
     errors.RequestInFlight: HTTPStatus.CONFLICT,
+    errors.NotAcceptable: HTTPStatus.NOT_ACCEPTABLE,
+    errors.TranscriptNotReady: HTTPStatus.CONFLICT,
+    errors.NoTranscript: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
 }
