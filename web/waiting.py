@@ -39,17 +39,17 @@ async def follow(
     Raises ``JobNotFound`` and, where the database stays away, ``psycopg.OperationalError``.
     """
     last: JobUpdate | None = None
-    pause, away = _FIRST_PAUSE, 0.0
+    pause, clock = _FIRST_PAUSE, asyncio.get_running_loop().time
+    seen = clock()
     while last is None or not last.status.ended:
         update = last
         try:
             update = await _look(app, user, job_id, with_text=with_text)
-            away = 0.0
+            seen = clock()
         except psycopg.OperationalError as exc:
-            if away >= _PATIENCE:
+            if clock() - seen > _PATIENCE:
                 raise
             logger.warning("Waiting for job %s while the database is away: %s", job_id, exc)
-            away += _LONGEST_PAUSE
         if update is not None and update != last:
             yield update
             last, pause = update, _FIRST_PAUSE
