@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip --disable-pip-version-check install --quiet
 PIP := $(INSTALL) --constraint constraints.txt
+# Many tests wait more than they compute. ARGS='-n0 tests/unit' runs some in one process.
+TEST_PROCESSES ?= 3
 INPUTS := pyproject.toml constraints.txt weights.txt Makefile
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ dev: $(VENV)/demo.installed ## Everything embedded; stays up, prints the URL and
 	@$(BIN)/pgscribe dev
 
 test: $(VENV)/dev.installed ## Run the tests
-	$(BIN)/python -m pytest --cov $(ARGS)
+	$(BIN)/python -m pytest --cov -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 faults: $(VENV)/dev.installed ## Kill, stop, cut off and restart everything, and see that no job is lost
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow" $(ARGS)

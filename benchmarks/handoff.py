@@ -82,6 +82,8 @@ def worker(url: str, modal: ServerProcess, concurrency: int) -> Iterator["subpro
         | {
             "PGSCRIBE_DATABASE_URL": url,
             "PGSCRIBE_COMPUTE": "modal",
+            "PGSCRIBE_PUBLIC_URL": "http://127.0.0.1",  # its links are not followed
+            "PGSCRIBE_JWT_SECRET": "a secret of thirty-two characters or more",
             "PGSCRIBE_WORKER_CONCURRENCY": str(concurrency),
             "PGSCRIBE_STORAGE_DIR": str(REPO / "examples"),
             "PGSCRIBE_SHUTDOWN_TIMEOUT": "0",

@@ -81,6 +81,12 @@ class CallLog:
             [Chunk(c["index"], c["call_id"], c["calls"], c["result"]) for c in chunks or ()],
         )
 
+    async def audio_url(self) -> str | None:
+        """Return where the job's audio is to be fetched from, if it says so."""
+        url: str | None
+        (url,) = await self._execute("audio_url")
+        return url
+
     async def note_call(self, call: Call, call_id: str) -> None:
         """Note a call that has been started, before anybody waits for it."""
         await self._write("note_call", chunk=call.index, call_id=call_id)

@@ -2,20 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import click
 
 from jobs import __version__
 from jobs.errors import PgscribeError
+from jobs.scopes import Scope
+
+if TYPE_CHECKING:
+    import psycopg
 
 HOME = Path(".pgscribe")
 
@@ -44,7 +50,8 @@ def _setup_logging() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # they log URLs
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _stop_with_stdin() -> None:
@@ -78,6 +85,7 @@ def main() -> None:
       pgscribe web                     the REST API
       pgscribe worker                  as many as you like
       pgscribe deploy                  put the functions on Modal, for PGSCRIBE_COMPUTE=modal
+      pgscribe setup-storage           make the bucket, for PGSCRIBE_STORAGE=supabase
     """
 
 
@@ -124,16 +132,24 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     import uvicorn
 
     from jobs.settings import Settings
+    from web.access_log import hide_links
     from web.app import create_app
+    from web.middleware import log_request_ids
 
     _setup_logging()
+    log_request_ids()
+    hide_links()
     if stop_with_stdin:
         _stop_with_stdin()
+    settings = Settings.load()
     uvicorn.run(
-        create_app(Settings.load()),
+        create_app(settings),
         host=host,
         port=port,
         log_config=None,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        server_header=False,
         timeout_graceful_shutdown=5,
     )
 
@@ -236,6 +252,24 @@ def _modal() -> Iterator[None]:
             "Modal's configuration is not usable: correct ~/.modal.toml, or the file that "
             "MODAL_CONFIG_PATH names."
         ) from exc
+
+
+@main.command("setup-storage")
+@click.option("--check", is_flag=True, help="Change nothing; exit status 1 unless all is in place.")
+@_friendly
+def setup_storage(*, check: bool) -> None:
+    """Make the bucket for audio in Supabase Storage, with its policies, and try it.
+
+    A small file is uploaded, played in part and deleted. Settings: PGSCRIBE_SUPABASE_URL,
+    PGSCRIBE_SUPABASE_SECRET_KEY, PGSCRIBE_DATABASE_URL, PGSCRIBE_MAX_UPLOAD_BYTES.
+    """
+    import asyncio
+
+    from jobs.settings import Settings
+    from jobs.storage import setup
+
+    asyncio.run(setup.run(Settings.load(), click.echo, check=check))
+    click.echo("Up to date; use it with PGSCRIBE_STORAGE=supabase")
 
 
 def _options(**options: Any) -> dict[str, Any]:
@@ -433,6 +467,111 @@ def limit(*, owner: UUID, max_running: int | None, weight: float | None) -> None
 
     values = {"owner": owner, "max_running": max_running, "weight": weight}
     _on_database(OPERATE["limit_owner"], [values])
+
+
+def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})([hd])", value)
+    if match is None:
+        raise click.BadParameter("give hours or days, such as 12h or 90d")
+    return timedelta(**{{"h": "hours", "d": "days"}[match[2]]: int(match[1])})
+
+
+@main.group()
+def keys() -> None:
+    r"""Make, list and revoke API keys, with which services use the REST API.
+
+    \b
+      pgscribe keys create nightly-import --user $USER_ID --scope jobs:write --expires 90d
+      curl -H "Authorization: Bearer pgs_…" localhost:8000/jobs
+      pgscribe keys create backend --any-user       requests state: Pgscribe-User: <user id>
+    """
+
+
+@keys.command("create")
+@click.argument("name")
+@click.option("--user", "user_id", type=click.UUID, help="Act for this user of auth.users.")
+@click.option("--any-user", is_flag=True, help="Act for the user that each request states.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice([scope.value for scope in Scope]),
+    help="What for; may be given several times [default: everything].",
+)
+@click.option("--expires", callback=_lifetime, help="Hours or days, such as 90d [default: never].")
+@click.option(
+    "--requests-per-minute", type=click.IntRange(1), help="[default: PGSCRIBE_RATE_LIMIT]"
+)
+@_friendly
+def create_key(  # noqa: PLR0913 - one argument per option
+    *,
+    name: str,
+    user_id: UUID | None,
+    any_user: bool,
+    scopes: tuple[str, ...],
+    expires: timedelta | None,
+    requests_per_minute: int | None,
+) -> None:
+    """Make a key and print it, once: only its hash is stored."""
+    if any_user == (user_id is not None):
+        raise click.UsageError("Give either --user or --any-user.")
+    from jobs import keys as api_keys
+
+    with _database() as conn:
+        stored, key = api_keys.create(
+            conn,
+            name,
+            user_id=user_id,
+            scopes={Scope(scope) for scope in scopes or Scope},
+            requests_per_minute=requests_per_minute,
+            lifetime=expires,
+        )
+    click.echo(key)
+    until = f"expires {stored.expires_at:%Y-%m-%d %H:%M %Z}" if stored.expires_at else "no expiry"
+    click.echo(f"Key {stored.id}, {until}. It is not shown again: store it safely.", err=True)
+
+
+@keys.command("list")
+@_friendly
+def list_keys() -> None:
+    """List all keys, oldest first, with when each was last used."""
+    from jobs import keys as api_keys
+
+    with _database() as conn:
+        for key in api_keys.list_all(conn):
+            used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
+            whose = key.user_id or "any user"
+            scopes = ",".join(key.scopes)
+            click.echo(
+                f"{key.id}  {key.prefix}…  {key.state:<7}  {used:<15}  {whose!s:<36}  {scopes}  "
+                f"{key.name}"
+            )
+
+
+@keys.command("revoke")
+@click.argument("key_ids", nargs=-1, required=True, type=click.UUID)
+@_friendly
+def revoke_keys(key_ids: tuple[UUID, ...]) -> None:
+    """Refuse keys from now on, by their ids, on all servers at once."""
+    from jobs import keys as api_keys
+
+    with _database() as conn:
+        for key_id in key_ids:
+            api_keys.revoke(conn, key_id)
+            click.echo(f"{key_id}  revoked")
+
+
+@contextmanager
+def _database() -> "Iterator[psycopg.Connection[Any]]":
+    import psycopg
+
+    from jobs.settings import Settings
+
+    url = Settings.load().database_url.get_secret_value()
+    with psycopg.connect(url, prepare_threshold=None, autocommit=True) as conn:
+        yield conn
 
 
 @main.command()

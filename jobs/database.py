@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from jobs.settings import Settings
 from jobs.sql import SESSIONS
@@ -19,17 +18,107 @@ from jobs.sql import SESSIONS
 logger = logging.getLogger(__name__)
 
 CONNECTION_TIMEOUT = 10.0  # seconds to wait for a connection from a pool
+# Seconds after which a pool is not waited for, whatever it does: its own time-out knows of neither
+# its locks nor the check of a connection.
+STUCK_TIMEOUT = 2 * CONNECTION_TIMEOUT + 5
+WORKER_USE_TIMEOUT = 60.0  # seconds for which a worker may use a connection of its pool
 
 # A peer that is gone without a word is noticed in about half a minute, not in hours.
 _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
-Pool = AsyncConnectionPool[psycopg.AsyncConnection[tuple[Any, ...]]]
+T = TypeVar("T")
+
+_left_behind: set[asyncio.Task[Any]] = set()
+
+
+class Pool(AsyncConnectionPool[Connection]):
+    """A pool of which every wait ends, and in which a task that is cancelled is cancelled.
+
+    psycopg_pool waits by ``asyncio.wait_for``, which in Python 3.11 forgets a cancellation that
+    comes while a connection is being handed over: the task goes on, and whoever waits for its end
+    waits for ever. So that wait is a task of its own here. ``use_timeout``: seconds for which a
+    connection may be used; then it is closed.
+    """
+
+    use_timeout: float | None = None
+
+    async def getconn(self, timeout: float | None = None) -> Connection:  # noqa: ASYNC109 - psycopg's own
+        """Return a connection. Raises ``PoolTimeout``."""
+        getting = asyncio.create_task(super().getconn(timeout))
+        try:
+            return await _patiently(getting, STUCK_TIMEOUT)
+        except BaseException as exc:
+            getting.cancel()
+            _leave_behind(getting)
+            getting.add_done_callback(self._take_back)
+            if isinstance(exc, TimeoutError):
+                raise PoolTimeout(f"the pool hung for {STUCK_TIMEOUT:g} s") from exc
+            raise
+
+    async def putconn(self, conn: Connection) -> None:
+        """Give a connection back. If that hangs, it is only logged."""
+        putting = asyncio.create_task(super().putconn(conn))
+        _leave_behind(putting)
+        with contextlib.suppress(TimeoutError):
+            await _patiently(putting, STUCK_TIMEOUT)
+
+    @asynccontextmanager
+    async def connection(
+        self,
+        timeout: float | None = None,  # noqa: ASYNC109 - psycopg's own
+    ) -> AsyncIterator[Connection]:
+        """Lend a connection, for a transaction unless it is in autocommit mode."""
+        conn = await self.getconn(timeout)
+        try:
+            with deadline(conn, self.use_timeout) if self.use_timeout else nullcontext():
+                async with conn:
+                    yield conn
+        finally:
+            await self.putconn(conn)
+
+    def _take_back(self, getting: asyncio.Task[Connection]) -> None:
+        """Give back what nobody waits for any more."""
+        if not getting.cancelled() and getting.exception() is None:
+            _leave_behind(asyncio.create_task(super().putconn(getting.result())))
+
+
+async def _patiently(task: asyncio.Task[T], seconds: float) -> T:
+    """Wait for a task without cancelling it. Raises ``TimeoutError``, and logs where it hangs."""
+    await asyncio.wait([task], timeout=seconds)
+    if task.done():
+        return task.result()
+    logger.error("The pool hangs for %g s: %s", seconds, " > ".join(_where(task)))
+    raise TimeoutError
+
+
+def _where(task: asyncio.Task[Any]) -> Iterator[str]:
+    """Yield the functions in which a task waits, the outermost first."""
+    awaited: Any = task.get_coro()
+    while isinstance(awaited, Coroutine):
+        frame = getattr(awaited, "cr_frame", None)
+        if frame is not None:
+            yield f"{frame.f_code.co_qualname}:{frame.f_lineno}"
+        awaited = getattr(awaited, "cr_await", None)
+    yield repr(awaited)
+
+
+def _leave_behind(task: asyncio.Task[Any]) -> None:
+    """Let a task go on although nobody may wait for it."""
+    _left_behind.add(task)
+    task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    _left_behind.discard(task)
+    if not task.cancelled():
+        task.exception()
 
 
 async def _use_queue_schema(conn: psycopg.AsyncConnection[Any]) -> None:
-    await conn.set_autocommit(True)
-    await conn.execute(SESSIONS["use_queue_schema"])
+    with deadline(conn, CONNECTION_TIMEOUT):
+        await conn.set_autocommit(True)
+        await conn.execute(SESSIONS["use_queue_schema"])
 
 
 async def _check(conn: psycopg.AsyncConnection[Any]) -> None:
@@ -53,11 +142,12 @@ def deadline(conn: psycopg.AsyncConnection[Any], seconds: float) -> Iterator[Non
 
 def _hang_up(conn: psycopg.AsyncConnection[Any], waited: float) -> None:
     logger.warning("No answer from the database for %g s", waited)
-    with (
-        contextlib.suppress(OSError, psycopg.Error),
-        socket.socket(fileno=os.dup(conn.fileno())) as connection,
-    ):
-        connection.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError, psycopg.Error):  # it may be closed already
+        connection = socket.socket(fileno=conn.fileno())
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            connection.detach()  # it is psycopg's to close
 
 
 def _parameters(name: str) -> dict[str, Any]:
@@ -83,7 +173,7 @@ def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool
     A connection that the database has closed is replaced when it is asked for. Prepared
     statements are off, so that a transaction-mode pooler can't break a query.
     """
-    return AsyncConnectionPool(
+    pool = Pool(
         settings.database_url.get_secret_value(),
         kwargs=_parameters(name),
         min_size=1,
@@ -94,6 +184,8 @@ def make_pool(settings: Settings, *, name: str, for_queue: bool = False) -> Pool
         check=_check,
         configure=_use_queue_schema if for_queue else None,
     )
+    pool.use_timeout = WORKER_USE_TIMEOUT if for_queue else None
+    return pool
 
 
 @asynccontextmanager

@@ -62,10 +62,50 @@ class NotAuthenticated(PgscribeError):
     code = "not_authenticated"
 
 
+class InvalidToken(NotAuthenticated):
+    """The bearer token is not valid."""
+
+
 class NotAllowed(PgscribeError):
     """This user may not do that."""
 
     code = "not_allowed"
+
+
+class ScopeMissing(NotAllowed):
+    """The API key was not made for that. ``scope`` is what it lacks."""
+
+    code = "insufficient_scope"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"This API key lacks the scope `{scope}`; make one that has it")
+        self.scope = scope
+
+
+class RateLimited(PgscribeError):
+    """Too many requests. ``limit`` is how many a minute may hold, ``retry_after`` in seconds."""
+
+    code = "rate_limited"
+    retryable = True
+
+    def __init__(self, message: str, *, limit: int, retry_after: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class SigningKeysUnavailable(PgscribeError):
+    """The keys that tokens are checked with can't be fetched; try again in a moment."""
+
+    code = "signing_keys_unavailable"
+    retryable = True
+    retry_after = 5.0
+
+
+class KeyNotFound(PgscribeError):
+    """There is no such API key."""
+
+    code = "key_not_found"
 
 
 class JobNotFound(PgscribeError):
@@ -78,6 +118,58 @@ class AudioNotFound(PgscribeError):
     """There is no such file in storage."""
 
     code = "file_not_found"
+
+
+class FileExists(PgscribeError):
+    """There is a file at that path already; ask for a new upload."""
+
+    code = "file_exists"
+
+
+class LinkInvalid(PgscribeError):
+    """This link is not valid; ask for a new one."""
+
+    code = "link_invalid"
+
+
+class StorageUnavailable(PgscribeError):
+    """The storage does not answer; try again in a moment."""
+
+    code = "storage_unavailable"
+    retryable = True
+
+    def __init__(self, message: str | None = None, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StorageRefused(PgscribeError):
+    """The storage refuses requests of this server; `pgscribe setup-storage --check` says why."""
+
+    code = "storage_refused"
+
+
+class UrlRefused(InvalidInput):
+    """The audio's URL is none that may be fetched. The message has neither address nor query."""
+
+    code = "url_refused"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"audio_url: {message}", field="audio_url")
+
+
+class UrlUnavailable(PgscribeError):
+    """The audio's URL could not be fetched; ``retryable`` says whether that may pass."""
+
+    code = "url_unavailable"
+    field = "audio_url"
+
+    def __init__(
+        self, message: str, *, retryable: bool = True, retry_after: float | None = None
+    ) -> None:
+        super().__init__(f"audio_url: {message}")
+        self.retryable = retryable
+        self.retry_after = retry_after
 
 
 class JobConflict(PgscribeError):

@@ -15,15 +15,17 @@ BATCH = 1000  # rows a transaction: short enough that nobody waits for it
 async def prune(pool: Pool, storage: Storage, settings: Settings) -> dict[str, int]:
     """Delete what the settings no longer keep and return how much of each kind that was.
 
-    Several workers may do this at once; each kind is pruned by one of them at a time.
+    Several workers may do this at once; each kind is pruned by one of them at a time. Raises
+    ``StorageUnavailable`` before any job is deleted, as nothing else names the audio.
     """
     ages = {
-        "queue_jobs": settings.keep_queue_jobs_days,
         "completed": settings.keep_completed_days,
         "failed": settings.keep_failed_days,
         "cancelled": settings.keep_cancelled_days,
     }
     pruned = {}
+    if settings.keep_queue_jobs_days is not None:
+        pruned["queue_jobs"] = await _prune_rows(pool, "queue_jobs", settings.keep_queue_jobs_days)
     if settings.keep_audio_days is not None:
         pruned["audio"] = await _prune_audio(pool, storage, settings.keep_audio_days)
     for what, days in ages.items():

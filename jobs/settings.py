@@ -1,17 +1,20 @@
 """Every setting, read from the environment (``PGSCRIBE_…``) or ``.env`` and checked at start."""
 
+import re
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveInt,
     SecretStr,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from jobs.errors import SettingsError
 from modal_functions.config import NAME, Config
@@ -34,6 +37,13 @@ GPU_PRICES = {
 
 
 _DEPLOYED = Config()
+
+_ORIGIN = re.compile(
+    r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:.]+\](:\d{1,5})?|\*"
+)
+
+# Several values, separated by commas.
+Values = Annotated[tuple[str, ...], NoDecode]
 
 
 class _FromEnvironment(BaseSettings):
@@ -69,14 +79,52 @@ class TokenSettings(_FromEnvironment):
     jwt_secret: SecretStr | None = Field(
         None, min_length=32, description="Secret that signs HS256 tokens, as Supabase shows it."
     )
+    supabase_url: str | None = Field(
+        None, description="URL of the Supabase project, https://<ref>.supabase.co."
+    )
+    jwks_url: str | None = Field(
+        None,
+        description="URL of the public keys that tokens are checked with (ES256, RS256); by "
+        "default <PGSCRIBE_SUPABASE_URL>/auth/v1/.well-known/jwks.json.",
+    )
     jwt_audience: str = Field("authenticated", description="Audience that a token must name.")
-    jwt_issuer: str | None = Field(None, description="Issuer that a token must name, if set.")
+    jwt_issuer: str | None = Field(
+        None,
+        description="Issuer that a token must name; by default <PGSCRIBE_SUPABASE_URL>/auth/v1, "
+        "and any where that is not set.",
+    )
+
+    @field_validator("supabase_url", "jwks_url")
+    @classmethod
+    def _is_a_url(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Take no URL that could not be fetched, and none with a password."""
+        if not value:
+            return None
+        if info.field_name == "supabase_url" and value.count("/") > len("//") + value.endswith("/"):
+            raise ValueError("must be the project's URL, without a path")
+        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?(\?[^\s#]*)?", value):
+            raise ValueError("must be a URL that begins with https:// or http://")
+        return value.rstrip("/")
+
+    @property
+    def signing_keys_url(self) -> str | None:
+        """Where the public keys are, if tokens may be checked with such."""
+        if self.jwks_url or not self.supabase_url:
+            return self.jwks_url
+        return f"{self.supabase_url}/auth/v1/.well-known/jwks.json"
+
+    @property
+    def token_issuer(self) -> str | None:
+        """The issuer that a token must name, or None for any."""
+        if self.jwt_issuer or not self.supabase_url:
+            return self.jwt_issuer
+        return f"{self.supabase_url}/auth/v1"
 
     def require_jwt_secret(self) -> str:
         """Return the token secret; raises ``SettingsError`` if there is none."""
         if self.jwt_secret is None:
             raise SettingsError(
-                "Unusable settings:\n  PGSCRIBE_JWT_SECRET: needed to check tokens; Supabase shows "
+                "Unusable settings:\n  PGSCRIBE_JWT_SECRET: needed to sign tokens; Supabase shows "
                 "it under Project Settings > JWT Keys (legacy JWT secret)"
             )
         return self.jwt_secret.get_secret_value()
@@ -125,10 +173,51 @@ class Settings(TokenSettings, CallSettings):
     )
     database_pool_size: PositiveInt = Field(10, description="Connections per process, at most.")
 
+    rate_limit: NonNegativeInt = Field(
+        600,
+        description="Requests a minute of one user or API key, counted by each web process for "
+        "itself; 0: no limit.",
+    )
+    failed_rate_limit: NonNegativeInt = Field(
+        60,
+        description="Requests a minute from one address that say not, or not validly, whose they "
+        "are; 0: no limit.",
+    )
+    max_body_bytes: PositiveInt = Field(
+        1024**2, description="Largest body of a request that is no upload, in bytes."
+    )
+    cors_origins: Values = Field(
+        (),
+        description="Origins whose pages may use the API from a browser, separated by commas, "
+        "such as https://app.example.org; * for all (tokens are never sent by themselves).",
+    )
+    trusted_proxies: Values = Field(
+        (),
+        description="Addresses or networks of the proxies whose X-Forwarded-For and "
+        "X-Forwarded-Proto are believed, separated by commas; by default none are.",
+    )
+
     storage_dir: Path = Field(
         Path(".pgscribe/storage"), description="Folder that holds the audio (local storage)."
     )
     max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="Largest upload, in bytes.")
+    storage: Literal["local", "supabase"] = Field(
+        "local", description="Where audio lies: PGSCRIBE_STORAGE_DIR, or Supabase Storage."
+    )
+    supabase_secret_key: SecretStr | None = Field(
+        None, min_length=1, description="Secret key of the project (or its service_role key)."
+    )
+    supabase_bucket: str = Field(
+        "audio", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="Bucket that holds the audio."
+    )
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#@]+$",
+        description="URL under which clients, and Modal, reach the REST API.",
+    )
+    fetch_timeout: PositiveInt = Field(
+        1800, description="Longest that fetching audio by its URL may take, in seconds."
+    )
 
     openai_model: str = Field(
         "base",
@@ -223,6 +312,28 @@ class Settings(TokenSettings, CallSettings):
         description="Seconds that running jobs get to finish after SIGTERM; then they are queued "
         "again. Keep it under the 10 s after which containers are killed.",
     )
+
+    @field_validator("cors_origins", "trusted_proxies", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(filter(None, (part.strip() for part in value.split(","))))
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not _ORIGIN.fullmatch(value):
+                raise ValueError(f"{value!r} is not an origin; give scheme, host and port, no path")
+        return values
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            ip_network(value)
+        return values
 
     @field_validator("keep_audio_days")
     @classmethod

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -31,17 +32,20 @@ from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe
 from jobs.database import Pool, deadline
 from jobs.errors import (
     AttemptLost,
+    AudioNotFound,
     CallLost,
     CallTimeout,
     ComputeUnavailable,
     JobTimeout,
     PgscribeError,
+    StorageUnavailable,
     TranscriptionFailed,
 )
+from jobs.fetching import Fetched, Fetcher
 from jobs.models import Attempt, Transcript, TranscriptionOptions
 from jobs.settings import Settings
 from jobs.sql import ATTEMPTS
-from jobs.storage.base import Storage
+from jobs.storage.base import AudioSource
 from modal_functions.merging import merge
 from modal_functions.plan import Plan
 
@@ -51,12 +55,14 @@ PROGRESS_INTERVAL = 0.5  # seconds between two writes of an attempt's progress
 # A cancelled job has stopped after 2 s, even if the database and the compute side hang.
 NOTE_TIMEOUT = 0.9  # seconds in which a call that is being started may still be noted
 CLEAN_UP_TIMEOUT = 0.9  # seconds; the janitor finds the rest
+STOP_TIMEOUT = 0.1  # seconds for a write of the progress to stop
 CALL_PAUSES = (0.5, 15.0)  # seconds before a lost call is started again, the first and the longest
 MOST_CALLS = 4  # for one chunk in an attempt: the first, and those that replace lost ones
 GONE = "prepared_audio_gone"
 
 T = TypeVar("T")
 MakeRequest = Callable[[], Awaitable[Prepare | Transcribe]]
+Fetch = Callable[[str], AbstractAsyncContextManager[Fetched]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +100,19 @@ class Limits:
 class Transcriber:
     """Carries out attempts."""
 
-    def __init__(self, pool: Pool, storage: Storage, compute: Compute, limits: Limits) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        storage: AudioSource,
+        compute: Compute,
+        limits: Limits,
+        fetch: Fetch | None = None,
+    ) -> None:
         self._pool = pool
         self._storage = storage
         self._compute = compute
         self._limits = limits
+        self._fetch = fetch or Fetcher()
         self._calls = asyncio.Semaphore(limits.calls)
 
     async def run(self, attempt: Attempt, *, is_cancelled: Callable[[], bool]) -> Transcript:
@@ -108,7 +122,15 @@ class Transcriber:
         that the job is to stop. Raises ``PgscribeError``; its ``retryable`` says whether another
         attempt makes sense.
         """
-        run = _Run(self._pool, self._storage, self._compute, self._limits, self._calls, attempt)
+        run = _Run(
+            self._pool,
+            self._storage,
+            self._compute,
+            self._limits,
+            self._calls,
+            self._fetch,
+            attempt,
+        )
         try:
             async with asyncio.timeout(self._limits.attempt):
                 return await run.transcript()
@@ -135,10 +157,11 @@ class _Run:
     def __init__(  # noqa: PLR0913, PLR0917 - the transcriber's parts
         self,
         pool: Pool,
-        storage: Storage,
+        storage: AudioSource,
         compute: Compute,
         limits: Limits,
         calls: asyncio.Semaphore,
+        fetch: Fetch,
         attempt: Attempt,
     ) -> None:
         self._pool = pool
@@ -146,6 +169,7 @@ class _Run:
         self._compute = compute
         self._limits = limits
         self._calls = calls
+        self._fetch = fetch
         self._attempt = attempt
         self._options = TranscriptionOptions.from_dict(attempt.options)
         self._log = CallLog(pool, attempt)
@@ -160,8 +184,7 @@ class _Run:
         try:
             return await self._transcript(known)
         finally:
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            await _stop(writer)
 
     async def _transcript(self, known: Known) -> Transcript:
         try:
@@ -213,9 +236,22 @@ class _Run:
         report(1.0)
 
     async def _prepare(self) -> Prepare:
-        source = await self._storage.locate(self._attempt.file_path)
+        source = await self._source()
         key, longest = str(self._attempt.job_id), self._limits.audio_seconds
         return Prepare(source, key, self._options.preprocessing, longest)
+
+    async def _source(self) -> str:
+        """Return what ffmpeg can read; audio by URL is brought into storage first."""
+        path = self._attempt.file_path
+        try:
+            return await self._storage.locate(path)
+        except AudioNotFound:
+            url = await self._log.audio_url()
+            if url is None:
+                raise
+        async with self._fetch(url) as fetched:
+            await self._storage.save(path, fetched.chunks, fetched.content_type)
+        return await self._storage.locate(path)
 
     # One call
 
@@ -246,7 +282,7 @@ class _Run:
 
     async def _start(self, call: Call, make_request: MakeRequest) -> None:
         """Start a call and note it. In between, and only there, a crash loses a call."""
-        request = await make_request()
+        request = await self._patiently(make_request)
         call_id = await self._patiently(lambda: self._compute.spawn(request))
         self._known.add(call_id)
         self._unnoted.add(call_id)
@@ -269,13 +305,13 @@ class _Run:
             ) from exc
 
     async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask again for as long as the compute side may be out of reach."""
+        """Ask again for as long as the compute side, or the storage, may be out of reach."""
         backoff = Backoff(0.2, 15.0)
         give_up_at: float | None = None
         while True:
             try:
                 return await ask()
-            except ComputeUnavailable as exc:
+            except (ComputeUnavailable, StorageUnavailable) as exc:
                 now = time.monotonic()
                 give_up_at = give_up_at or now + self._limits.patience
                 if now >= give_up_at:
@@ -438,6 +474,23 @@ async def _within(seconds: float, work: Awaitable[None]) -> None:
     task.add_done_callback(_report)
     await asyncio.wait([task], timeout=seconds)
     task.cancel()
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    """Cancel it and wait a moment, no longer: a statement that hangs takes seconds to end.
+
+    What it still writes harms nobody: the database takes it only while the attempt has its job.
+    """
+    task.cancel()
+    _abandoned.add(task)
+    task.add_done_callback(_forget)
+    await asyncio.wait([task], timeout=STOP_TIMEOUT)
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    _abandoned.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        logger.warning("Writing the progress failed: %r", task.exception())
 
 
 def _report(task: asyncio.Future[Any]) -> None:

@@ -1,6 +1,7 @@
 """The worker process: start, run, drain, stop."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
@@ -10,10 +11,11 @@ import procrastinate
 from jobs import database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
+from jobs.fetching import Fetcher
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
-from jobs.storage.local import LocalStorage
+from jobs.storage.choose import make_storage
 from jobs.transcription import Limits, Transcriber, clean_up
 
 logger = logging.getLogger(__name__)
@@ -50,12 +52,17 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
     Jobs that take longer, or that still run when ``stop_now`` is set, go back to the queue.
     """
     pool = database.make_pool(settings, name="tasks", for_queue=True)
-    storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
     app = make_app(settings)
-    async with make_compute(settings) as compute, pool, app.open_async(pool):
+    fetch = Fetcher(settings.max_upload_bytes, settings.fetch_timeout)
+    async with (
+        contextlib.aclosing(make_storage(settings)) as storage,
+        make_compute(settings) as compute,
+        pool,
+        app.open_async(pool),
+    ):
         tasks.add_tasks(
             app,
-            Transcriber(pool, storage, compute, Limits.of(settings)),
+            Transcriber(pool, storage, compute, Limits.of(settings), fetch),
             functools.partial(retention.prune, pool, storage, settings),
             functools.partial(clean_up, pool, compute),
         )

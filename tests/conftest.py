@@ -1,7 +1,10 @@
 """Real Postgres for every test that asks for it: one migrated template, cloned per test."""
 
+import fcntl
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -15,6 +18,39 @@ from jobs.settings import Settings
 
 REPO = Path(__file__).parent.parent
 TEMPLATE = "pgscribe_template"
+
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    # Engines' threads that spin while they wait would take the cores from the other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that run alone, while there is nobody to wait for."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Keep the other processes from running anything beside a test that is marked ``alone``."""
+    with _turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def _turn(*, alone: bool) -> Iterator[None]:
+    """Share the machine, or have it alone. Whoever holds the gate goes next, so nobody starves."""
+    if not PARALLEL:
+        yield
+        return
+    with (REPO / "pyproject.toml").open() as gate, Path(__file__).open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)  # forked children may have it open, too
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 """The Starlette application."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import psycopg
 from starlette.applications import Starlette
@@ -13,9 +13,10 @@ from starlette.routing import Route
 from jobs import database
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
-from jobs.storage.local import LocalStorage
+from jobs.storage.choose import make_storage
 from web import openapi, problems
-from web.auth import TokenVerifier
+from web.auth import Authenticator
+from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.routes import docs, jobs, openai, transcripts, uploads
 
@@ -45,7 +46,7 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with app.state.pool:
+        async with app.state.pool, aclosing(app.state.authenticator), aclosing(app.state.storage):
             yield
 
     app = Starlette(
@@ -61,11 +62,12 @@ def create_app(settings: Settings) -> Starlette:
             psycopg.OperationalError: in_openai_form(problems.on_database_away),
             Exception: in_openai_form(problems.on_unexpected_error),
         },
+        middleware=middleware(settings),
         lifespan=lifespan,
     )
     app.state.settings = settings
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.verifier = TokenVerifier(settings)
-    app.state.storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
+    app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")
+    app.state.authenticator = Authenticator(settings, app.state.pool)
     return app

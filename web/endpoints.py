@@ -24,8 +24,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobs.errors import BodyTooLarge, InvalidInput, JobNotFound
+from jobs.errors import InvalidInput, JobNotFound
 from web.auth import Principal, Scope, authenticate, require
+from web.middleware import allow_body
 
 MAX_BODY = 64 * 1024  # bytes of JSON, unless an endpoint says otherwise
 
@@ -66,7 +67,8 @@ class Endpoint:
     scope: Scope | None
     answers: Mapping[HTTPStatus, Answer]
     problems: frozenset[HTTPStatus]
-    max_body: int
+    #: Bytes; None where the handler limits what it reads.
+    max_body: int | None
     takes: Mapping[str, Any]
     #: Media type and model of a body that the handler reads by itself, for the documentation.
     raw_body: Mapping[str, type[BaseModel] | None]
@@ -84,6 +86,7 @@ class Endpoint:
     async def respond(self, request: Request) -> Response:
         """Answer a request. Raises what ``web.problems`` answers."""
         arguments: dict[str, Any] = {}
+        allow_body(request, self.max_body)
         if "user" in self.takes:
             arguments["user"] = await authenticate(request)
             if self.scope is not None:
@@ -95,7 +98,7 @@ class Endpoint:
         if headers := self.model("headers"):
             arguments["headers"] = _validate_headers(headers, request)
         if body := self.model("body"):
-            arguments["body"] = validate(body, parse_json(await read_body(request, self.max_body)))
+            arguments["body"] = validate(body, parse_json(await request.body()))
         return await self.handler(request, **arguments)
 
 
@@ -115,7 +118,7 @@ class Endpoints:
         answers: Mapping[HTTPStatus, Answer],
         scope: Scope | None = None,
         problems: tuple[HTTPStatus, ...] = (),
-        max_body: int = MAX_BODY,
+        max_body: int | None = MAX_BODY,
         raw_body: Mapping[str, type[BaseModel] | None] | None = None,
     ) -> Callable[[HandlerT], HandlerT]:
         """Declare the decorated coroutine as the endpoint of ``method`` ``path``.
@@ -129,7 +132,7 @@ class Endpoints:
             self.all.append(
                 Endpoint(
                     method, path, handler, self._tag, scope, answers,
-                    frozenset(problems) | _usual_problems(takes, raw_body), max_body, takes,
+                    frozenset(problems) | _usual_problems(path, takes, raw_body), max_body, takes,
                     raw_body or {}, self._error_form,
                 )
             )  # fmt: skip
@@ -138,7 +141,7 @@ class Endpoints:
         return declare
 
 
-def _usual_problems(takes: Mapping[str, Any], raw_body: object) -> frozenset[HTTPStatus]:
+def _usual_problems(path: str, takes: Mapping[str, Any], raw_body: object) -> frozenset[HTTPStatus]:
     usual = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
     if "user" in takes:
         usual |= {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -146,7 +149,7 @@ def _usual_problems(takes: Mapping[str, Any], raw_body: object) -> frozenset[HTT
         usual |= {HTTPStatus.UNPROCESSABLE_ENTITY}
     if "body" in takes or raw_body:
         usual |= {HTTPStatus.REQUEST_ENTITY_TOO_LARGE}
-    if UUID in takes.values():
+    if _PATH_PARAMETER.search(path):
         usual |= {HTTPStatus.NOT_FOUND}
     return frozenset(usual)
 
@@ -158,16 +161,6 @@ def _path_part(value: str, kind: type) -> UUID | str:
         return UUID(value)
     except ValueError:
         raise JobNotFound from None
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises ``BodyTooLarge`` once more than ``limit`` bytes have come."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise BodyTooLarge(f"body: is larger than the limit of {limit} bytes", limit=limit)
-    return bytes(body)
 
 
 def parse_json(body: bytes) -> Any:
@@ -216,6 +209,5 @@ __all__ = [
     "Principal",
     "Scope",
     "parse_json",
-    "read_body",
     "validate",
 ]

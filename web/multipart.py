@@ -4,7 +4,7 @@ Starlette's own parser puts what is over a megabyte into a temporary file, howev
 """
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -21,14 +21,9 @@ _MAX_HEADERS, _MAX_HEADER = 8, 4096
 
 @dataclass(slots=True)
 class _Begin:
-    """A part begins: its name and, for files, the file's."""
+    """A part begins."""
 
     headers: dict[bytes, bytes] = field(default_factory=dict)
-
-    @property
-    def disposition(self) -> dict[bytes, bytes]:
-        value = self.headers.get(b"content-disposition", b"")
-        return parse_options_header(value)[1]
 
 
 class _End:
@@ -84,9 +79,14 @@ class _Events:
 class Part:
     """A field or a file of a form. Read it before the next one."""
 
-    def __init__(self, name: str, file_name: str | None, data: AsyncIterator[bytes]) -> None:
-        self.name = name
-        self.file_name = file_name
+    def __init__(self, headers: Mapping[bytes, bytes], data: AsyncIterator[bytes]) -> None:
+        disposition = parse_options_header(headers.get(b"content-disposition", b""))[1]
+        name, file_name = (disposition.get(key) for key in (b"name", b"filename"))
+        if not name:
+            raise InvalidInput("body: a part of the form has no name", field="body")
+        self.name = _text(name)
+        self.file_name = None if file_name is None else _text(file_name)
+        self.content_type = _text(headers.get(b"content-type", b"")) or None
         self._data = data
 
     def data(self) -> AsyncIterator[bytes]:
@@ -129,11 +129,8 @@ class FormReader:
             count += 1
             if count > MAX_PARTS:
                 raise InvalidInput(f"body: has more than {MAX_PARTS} parts", field="body")
-            name, file_name = (event.disposition.get(key) for key in (b"name", b"filename"))
-            if not name:
-                raise InvalidInput("body: a part of the form has no name", field="body")
             data = self._part_data()
-            yield Part(_text(name), None if file_name is None else _text(file_name), data)
+            yield Part(event.headers, data)
             async for _ in data:
                 pass
 

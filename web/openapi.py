@@ -110,7 +110,7 @@ def _request_body(endpoint: Endpoint, models: _Models) -> dict[str, Any] | None:
 
 def _media(model: type[BaseModel] | None, mode: JsonSchemaMode, models: _Models) -> dict[str, Any]:
     if model is None:
-        return {"schema": {"type": "string"}}
+        return {"schema": {}}  # any bytes
     models.add((model, mode))
     return {"schema": {"$ref": _REF.format(model=model.__name__)}}
 

@@ -27,6 +27,13 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.NoTranscript: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
+    errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.SigningKeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.FileExists: HTTPStatus.CONFLICT,
+    errors.LinkInvalid: HTTPStatus.FORBIDDEN,
+    errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.UrlRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.UrlUnavailable: HTTPStatus.BAD_GATEWAY,
 }
 
 
@@ -64,9 +71,7 @@ def problem(  # noqa: PLR0913 - each has a name
         limit=limit,
         retry_after=seconds,
     )
-    headers = {"WWW-Authenticate": "Bearer"} if status is HTTPStatus.UNAUTHORIZED else {}
-    if seconds is not None:
-        headers["Retry-After"] = str(seconds)
+    headers = {} if seconds is None else {"Retry-After": str(seconds)}
     return JSONResponse(
         content.model_dump(exclude_none=True), status, headers, "application/problem+json"
     )
@@ -83,7 +88,19 @@ async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     if status is None:
         return await on_unexpected_error(_, exc)
     named: dict[str, Any] = {name: getattr(exc, name, None) for name in ("field", "limit")}
-    return problem(status, exc.code, str(exc), retry_after=exc.retry_after, **named)
+    response = problem(status, exc.code, str(exc), retry_after=exc.retry_after, **named)
+    if challenge := _challenge(exc):
+        response.headers["WWW-Authenticate"] = challenge
+    return response
+
+
+def _challenge(exc: errors.PgscribeError) -> str | None:
+    """Return what RFC 6750 wants said of a token. Whoever sent none is told no error."""
+    if isinstance(exc, errors.InvalidToken):
+        return 'Bearer error="invalid_token"'
+    if isinstance(exc, errors.ScopeMissing):
+        return f'Bearer error="insufficient_scope", scope="{exc.scope}"'
+    return "Bearer" if isinstance(exc, errors.NotAuthenticated) else None
 
 
 async def on_database_away(_: Request, exc: Exception) -> Response:

@@ -3,79 +3,196 @@
 import asyncio
 import contextlib
 import os
+import stat
 import tempfile
+import time
 from collections.abc import AsyncIterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.errors import AudioNotFound, InvalidInput, UploadTooLarge
+from jobs.errors import AudioNotFound, FileExists, LinkInvalid, SettingsError
+from jobs.storage.base import UploadTicket, check_size, empty, media_type, too_large
+from jobs.storage.links import DownloadGrant, LinkSigner, UploadGrant
+
+UPLOAD_PATH = "/uploads/signed/"
+DOWNLOAD_PATH = "/audio/"
+UPLOAD_SECONDS = 2 * 3600  # as long as Supabase's
+OTHER_TYPE = "application/octet-stream"
 
 
 class LocalStorage:
-    """Files under ``root``; uploads of at most ``max_bytes``."""
+    """Files under ``root``; uploads of at most ``max_bytes``.
 
-    def __init__(self, root: Path, *, max_bytes: int) -> None:
+    ``links`` signs the links that this API serves itself, under ``public_url`` if that is given.
+    With ``locate_seconds`` files are located by such a link, for machines that have no ``root``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_bytes: int,
+        links: LinkSigner | None = None,
+        public_url: str = "",
+        locate_seconds: float | None = None,
+    ) -> None:
         self._root = root.resolve()
         self._max_bytes = max_bytes
+        self._links = links
+        self._public_url = public_url.rstrip("/")
+        self._locate_seconds = locate_seconds
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
 
     def _resolve(self, file_path: str) -> Path:
-        path = (self._root / file_path).resolve()
+        try:
+            path = (self._root / file_path).resolve()
+        except ValueError:  # a NUL character
+            path = self._root
         if self._root not in path.parents:  # a symlink or ".." that leads out
-            raise AudioNotFound(f"file_path: no file at {file_path!r} in storage")
+            raise _not_found(file_path)
+        return path
+
+    async def path(self, file_path: str) -> Path:
+        """Return where the file lies on this machine. Raises ``AudioNotFound``."""
+        path = self._resolve(file_path)
+        if not await asyncio.to_thread(path.is_file):
+            raise _not_found(file_path)
         return path
 
     async def locate(self, file_path: str) -> str:
-        """Return the file's path on this machine. Raises ``AudioNotFound``."""
-        path = self._resolve(file_path)
-        if not await asyncio.to_thread(path.is_file):
-            raise AudioNotFound(
-                f"file_path: no file at {file_path!r} in storage; upload it, then submit again"
-            )
-        return str(path)
+        """Return the file's path on this machine, or a link to it. Raises ``AudioNotFound``."""
+        if self._locate_seconds is not None:
+            return await self.sign_download(file_path, seconds=self._locate_seconds)
+        return str(await self.path(file_path))
 
-    async def save(self, file_path: str, chunks: AsyncIterable[bytes]) -> int:
+    async def size(self, file_path: str) -> int | None:
+        """Return the file's size in bytes, ``None`` where there is none."""
+        try:
+            found = await asyncio.to_thread(os.stat, self._resolve(file_path))
+        except (OSError, AudioNotFound):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    async def save(
+        self,
+        file_path: str,
+        chunks: AsyncIterable[bytes],
+        content_type: str | None = None,  # noqa: ARG002 - a file system keeps none
+        *,
+        replace: bool = True,
+        max_bytes: int | None = None,
+    ) -> int:
         """Stream to disk; the file appears under its name only when it is whole and synced.
 
-        Raises ``InvalidInput`` for an empty upload and ``UploadTooLarge``; neither leaves a file.
+        ``max_bytes`` is a tighter limit than the storage's. Raises ``InvalidInput`` for an empty
+        upload, ``UploadTooLarge`` and ``FileExists``; none leaves a file.
         """
         path = self._resolve(file_path)
+        limit = self._max_bytes if max_bytes is None else min(max_bytes, self._max_bytes)
         await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         handle, name = await asyncio.to_thread(tempfile.mkstemp, prefix=".upload-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                size = await self._copy(chunks, file)
+                size = await _copy(chunks, file, limit)
                 file.flush()
                 await asyncio.to_thread(os.fsync, file.fileno())
-            await asyncio.to_thread(os.replace, name, path)
+            await asyncio.to_thread(_put, Path(name), path, replace=replace)
         except BaseException:  # also when the client goes away: no half-written file stays
-            await asyncio.to_thread(self._discard, Path(name))
+            await asyncio.to_thread(_discard, Path(name))
             raise
         return size
 
     async def delete(self, file_path: str) -> bool:
         """Delete a file, and its folder if that is empty then; return whether there was one."""
         try:
-            await asyncio.to_thread(self._discard, self._resolve(file_path))
+            await asyncio.to_thread(_discard, self._resolve(file_path))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, AudioNotFound):
             return False
         return True
 
-    @staticmethod
-    def _discard(upload: Path) -> None:
-        upload.unlink()
-        with contextlib.suppress(OSError):  # other files lie there
-            upload.parent.rmdir()
+    # Links
 
-    async def _copy(self, chunks: AsyncIterable[bytes], file: BinaryIO) -> int:
-        size = 0
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > self._max_bytes:
-                raise UploadTooLarge(
-                    f"The upload is larger than the limit of {self._max_bytes} bytes; "
-                    "send a compressed format such as mp3, m4a or opus"
-                )
-            await asyncio.to_thread(file.write, chunk)
-        if size == 0:
-            raise InvalidInput("The upload is empty; send the file's bytes as the body")
-        return size
+    @property
+    def _signer(self) -> LinkSigner:
+        if self._links is None:
+            raise SettingsError("PGSCRIBE_JWT_SECRET: needed to sign links to local audio")
+        return self._links
+
+    async def sign_upload(self, file_path: str, *, content_type: str, size: int) -> UploadTicket:
+        """Return a ``PUT`` to this API for one file that is not there yet."""
+        check_size(size, self._max_bytes)
+        self._resolve(file_path)
+        expires_at = int(time.time()) + UPLOAD_SECONDS
+        grant = UploadGrant(file_path, size, content_type)
+        token = self._signer.sign_upload(grant, expires_at=expires_at)
+        return UploadTicket(
+            method="PUT",
+            url=f"{self._public_url}{UPLOAD_PATH}{token}",
+            headers={"Content-Type": content_type},
+            file_path=file_path,
+            expires_at=datetime.fromtimestamp(expires_at, UTC),
+        )
+
+    async def sign_download(
+        self, file_path: str, *, seconds: float, download_name: str | None = None
+    ) -> str:
+        """Return a link of this API to the file."""
+        await self.path(file_path)
+        grant = DownloadGrant(file_path, download_name)
+        token = self._signer.sign_download(grant, expires_at=int(time.time() + seconds))
+        return f"{self._public_url}{DOWNLOAD_PATH}{token}"
+
+    def verify_upload_token(self, token: str) -> UploadGrant:
+        """Return what an upload link's token allows. Raises ``LinkInvalid``."""
+        if self._links is None:
+            raise LinkInvalid
+        return self._links.verify_upload(token)
+
+    def verify_download_token(self, token: str) -> DownloadGrant:
+        """Return what a download link's token allows. Raises ``LinkInvalid``."""
+        if self._links is None:
+            raise LinkInvalid
+        return self._links.verify_download(token)
+
+
+def served_type(file_path: str) -> str:
+    """Return a type to serve a file with that no browser runs or renders as a page."""
+    return media_type(file_path) or OTHER_TYPE
+
+
+def _not_found(file_path: str) -> AudioNotFound:
+    return AudioNotFound(
+        f"file_path: no file at {file_path!r} in storage; upload it, then submit again"
+    )
+
+
+async def _copy(chunks: AsyncIterable[bytes], file: BinaryIO, limit: int) -> int:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise too_large(limit)
+        await asyncio.to_thread(file.write, chunk)
+    if size == 0:
+        raise empty()
+    return size
+
+
+def _put(upload: Path, path: Path, *, replace: bool) -> None:
+    if replace:
+        upload.replace(path)
+        return
+    try:
+        os.link(upload, path)  # unlike a rename, it does not take the place of what is there
+    except FileExistsError as exc:
+        raise FileExists from exc
+    upload.unlink()
+
+
+def _discard(upload: Path) -> None:
+    upload.unlink()
+    with contextlib.suppress(OSError):  # other files lie there
+        upload.parent.rmdir()

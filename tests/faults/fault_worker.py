@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
@@ -28,7 +28,7 @@ from jobs.errors import CallLost, EngineCrashed, PgscribeError
 from jobs.models import Attempt, Segment, Transcript
 from jobs.queue import Ended, Queue, Turn
 from jobs.settings import Settings
-from jobs.storage.base import Storage
+from jobs.storage.base import AudioSource
 from jobs.transcription import Transcriber
 from modal_functions.plan import SAMPLE_RATE, Plan, Span
 
@@ -175,15 +175,19 @@ class NoStorage:
             die()
         return os.environ.get("FAULT_AUDIO", file_path)
 
-    async def save(self, file_path: str, chunks: object) -> int:
-        raise NotImplementedError
-
-    async def delete(self, file_path: str) -> bool:
+    async def save(
+        self,
+        file_path: str,
+        chunks: AsyncIterable[bytes],
+        content_type: str | None = None,
+        *,
+        replace: bool = True,
+    ) -> int:
         raise NotImplementedError
 
 
 class ScriptedTranscriber(Transcriber):
-    def __init__(self, pool: Any, _: Storage, *arguments: Any) -> None:
+    def __init__(self, pool: Any, _: AudioSource, *arguments: Any) -> None:
         super().__init__(pool, NoStorage(), *arguments)
 
     async def run(self, attempt: Attempt, *, is_cancelled: Callable[[], bool]) -> Transcript:

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 NOTIFICATION = ord("A")
+READY = b"Z\0\0\0\5I"  # the server waits for a statement
 PLAIN = "?sslmode=disable&gssencmode=disable"  # the proxy reads along
 CONTROL_TIMEOUT = 10.0  # seconds
 
@@ -79,6 +80,8 @@ class _Pair:
                 if not self.dead:
                     writer.write(passed(data))
                     await writer.drain()
+                if self._proxy.silences_new and READY in data:
+                    self.dead = True
             await self._proxy.flowing.wait()
         finally:
             if not self.dead:
@@ -93,6 +96,7 @@ class Proxy:
         self.port = 0
         self.delay = 0.0
         self.drops_notifications = False
+        self.silences_new = False  # connections are lost as soon as they are made
         self.swallowing = False
         self._pairs: dict[_Pair, asyncio.Task[Any]] = {}
         self._server: asyncio.Server | None = None
@@ -177,7 +181,7 @@ class Proxy:
         await self._cut()
 
     async def _heal(self) -> None:
-        self.swallowing = False
+        self.swallowing = self.silences_new = False
         self.flowing.set()
         if self._server is None:
             await self._listen()

@@ -69,6 +69,9 @@ def use(server: Address, monkeypatch: pytest.MonkeyPatch, db: Database) -> Itera
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PGSCRIBE_COMPUTE", "modal")
+    # Its Modal runs on this machine, and its worker has a storage of its own.
+    monkeypatch.setenv("PGSCRIBE_PUBLIC_URL", "http://127.0.0.1")
+    monkeypatch.setenv("PGSCRIBE_JWT_SECRET", "a secret of thirty-two characters or more")
     with psycopg.connect(db.url) as conn:
         conn.execute(NOTE_ALL)
     yield server.control
@@ -190,6 +193,7 @@ def ended(jobs: Jobs, job_id: UUID) -> bool:
     return jobs.row(job_id)["completed_at"] is not None
 
 
+@pytest.mark.alone
 def test_a_cancelled_job_reaches_every_call(
     fleet: Fleet, jobs: Jobs, user: UUID, cloud: Any, db: Database, settled: Callable[[], None]
 ) -> None:

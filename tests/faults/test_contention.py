@@ -201,6 +201,7 @@ def test_jobs_that_wait_are_cancelled_at_once(
     assert [fleet.starts(job_id) for job_id in (queued, scheduled)] == [[], []]
 
 
+@pytest.mark.alone
 def test_a_running_job_is_cancelled_soon(
     db: Database, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
 ) -> None:

@@ -1,5 +1,7 @@
 """What a network does: half-open connections, delays, resets, an unreachable database, poolers."""
 
+import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -7,8 +9,12 @@ from uuid import UUID
 
 import click
 import pytest
+from psycopg_pool import PoolTimeout
+from pydantic import SecretStr
 
-from tests.faults.fleet import Database, Fleet, Jobs, Worker, until
+from jobs import database as pools
+from jobs.settings import Settings
+from tests.faults.fleet import PATIENCE, Database, Fleet, Jobs, Worker, until
 from tests.faults.proxy import Proxy
 
 CALL_TIMEOUT = 10.0  # seconds, as in jobs.queue
@@ -88,6 +94,33 @@ def test_an_unreachable_database(
     assert fleet.living == workers
 
 
+@pytest.mark.anyio
+async def test_connections_that_fall_silent_before_they_are_set_up_leave_the_pool_alive(
+    proxy: Proxy, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would keep the pool's few tasks, which make all connections, for ever."""
+    monkeypatch.setattr(pools, "CONNECTION_TIMEOUT", 1.0)
+    url = SecretStr(proxy.url(settings.database_url.get_secret_value()))
+    behind = settings.model_copy(update={"database_url": url})
+    proxy.silences_new = True
+    async with pools.make_pool(behind, name="test", for_queue=True) as pool:
+        for _ in range(3):
+            with pytest.raises(PoolTimeout):
+                await pool.getconn()
+        proxy.heal()
+        async with asyncio.timeout(PATIENCE):
+            while not await gets_one(pool):
+                pass
+
+
+async def gets_one(pool: pools.Pool) -> bool:
+    with contextlib.suppress(PoolTimeout):
+        async with pool.connection() as conn:
+            await conn.execute("select 1")
+            return True
+    return False
+
+
 @pytest.fixture
 def deaf_worker(proxy: Proxy, fleet: Fleet) -> Worker:
     """A worker whose pooler accepts LISTEN but passes no notification on."""
@@ -119,6 +152,7 @@ def test_a_worker_that_hears_no_notifications_stops_a_cancelled_job(
     settled()
 
 
+@pytest.mark.alone
 def test_sigterm_behind_half_open_connections_ends_the_worker(
     proxy: Proxy, fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
 ) -> None:

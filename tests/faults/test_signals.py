@@ -66,13 +66,13 @@ def test_a_job_that_is_slow_to_stop_does_not_disturb_its_next_attempt(
     fleet: Fleet, jobs: Jobs, user: UUID, settled: Callable[[], None]
 ) -> None:
     """A worker that was presumed dead claims a job again that it is still stopping."""
+    other = fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT)
+    busy = jobs.insert_one(user, "sleep-600")
+    jobs.wait(busy, "status = 'processing'")
     stopped = fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT, concurrency=2)
     job_id = jobs.insert_one(user, "stubborn-1")
     stopped.says("start")
     stopped.signal(signal.SIGSTOP)
-    other = fleet.start_ready(stall_timeout=SHORT_STALL_TIMEOUT)
-    busy = jobs.insert_one(user, "sleep-600", priority=100)
-    jobs.wait(busy, "status = 'processing'")
     jobs.wait(job_id, "status = 'queued'")
     stopped.signal(signal.SIGCONT)
     row = jobs.end(job_id)

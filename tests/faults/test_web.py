@@ -30,6 +30,7 @@ def web_server(settings: Settings, port: int, folder: Path) -> Iterator[subproce
         "PGSCRIBE_DATABASE_URL": settings.database_url.get_secret_value(),
         "PGSCRIBE_JWT_SECRET": settings.require_jwt_secret(),
         "PGSCRIBE_STORAGE_DIR": str(settings.storage_dir),
+        "PGSCRIBE_RATE_LIMIT": "0",
     }
     with (folder / "web.log").open("ab") as log:
         process = subprocess.Popen(

@@ -122,6 +122,7 @@ async def until_all_listen(conn: database.Connection, herd: Herd, size: int) -> 
     await asyncio.sleep(0.5)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("size", [10, 30])
 async def test_claims_per_job_do_not_grow_with_the_workers(
     roomy_postgres: EmbeddedPostgres,

@@ -21,7 +21,7 @@ from jobs.compute.base import Compute, Outcome, Prepare, Transcribe
 from jobs.compute.local import LocalCompute, processes_and_threads
 from jobs.errors import CallLost, EngineCrashed, SettingsError, TranscriptionFailed
 from jobs.settings import Settings
-from modal_functions.plan import Plan
+from modal_functions.plan import Plan, Span
 from modal_functions.transcript import TranscriptionOptions
 
 pytestmark = pytest.mark.anyio
@@ -52,6 +52,15 @@ def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 6 s of the sample."""
     path = tmp_path_factory.mktemp("audio") / "clip.wav"
     recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
+    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def minutes(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample eight times: what transcribes it is busy while another process starts."""
+    path = tmp_path_factory.mktemp("audio") / "minutes.wav"
+    recording = ffmpeg.input(str(sample), stream_loop=7).output(str(path), ac=1, ar=16000)
     recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
     return path
 
@@ -368,17 +377,18 @@ async def test_preparing_does_not_wait_for_transcriptions(
 
 
 async def test_a_second_process_starts_when_a_second_call_waits(
-    compute: LocalCompute, sample: Path, clip: Path
+    compute: LocalCompute, minutes: Path, clip: Path
 ) -> None:
     assert len(engine_processes()) == 1
     short = await prepared(compute, clip, "short")
-    long = await prepared(compute, sample, "long")
+    plan = await prepared(compute, minutes, "long")
+    long = Transcribe(str(plan.pcm), Span(0, plan.sample_count), TINY)
     with_one = engine_processes()
     assert len(with_one) == 2, "one that transcribes and one that prepares"
     for options in (BASE, TINY, BASE):
         await end(compute, await compute.spawn(whole(short, options)))
     assert engine_processes() == with_one
-    async with running(compute, whole(long)) as (_, waiting):
+    async with running(compute, long) as (_, waiting):
         await end(compute, await compute.spawn(whole(short)))
         assert not waiting.done()
         with_two = engine_processes()

@@ -23,6 +23,8 @@ from openai.types.audio import (
 )
 from psycopg.types.json import Jsonb
 
+from jobs import keys
+from jobs.scopes import Scope
 from jobs.settings import Settings
 from modal_functions import engines
 from web.app import create_app
@@ -429,6 +431,41 @@ async def test_errors_are_the_packages_own(
         headers = {"Authorization": f"Bearer {token}"}
         response = await plain.post(f"{url}/audio/translations", json={}, headers=headers)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "body")
+
+
+async def test_keys_need_both_scopes(
+    url: str, user: UUID, conn: psycopg.Connection, jobs: Jobs
+) -> None:
+    for scopes in ({Scope.JOBS_WRITE}, {Scope.AUDIO_WRITE, Scope.JOBS_READ}):
+        _, key = keys.create(conn, "narrow", user_id=user, scopes=scopes)
+        async with AsyncOpenAI(api_key=key, base_url=url) as client:
+            with pytest.raises(openai.PermissionDeniedError):
+                await client.audio.transcriptions.create(model="tiny", file=("a", AUDIO))
+    assert (jobs.all(), jobs.files()) == ([], [])
+    _, key = keys.create(
+        conn, "service", user_id=None, scopes={Scope.JOBS_WRITE, Scope.AUDIO_WRITE}
+    )
+    headers = {"Pgscribe-User": str(user)}
+    async with AsyncOpenAI(api_key=key, base_url=url, default_headers=headers) as client:
+        create = client.audio.transcriptions.create
+        await completed(jobs, create(model="tiny", file=("a", AUDIO)))
+    assert jobs.all()[0][2].startswith(f"{user}/")
+
+
+async def test_rates_and_what_nobody_expected(
+    settings: Settings, token: str, conn: psycopg.Connection
+) -> None:
+    conn.execute("alter table processing_jobs rename to hidden")
+    with serving(settings.model_copy(update={"rate_limit": 1})) as url:
+        async with AsyncOpenAI(api_key=token, base_url=url, max_retries=0) as client:
+            with pytest.raises(openai.InternalServerError) as broken:
+                await client.audio.transcriptions.create(model="tiny", file=("a", AUDIO))
+            assert broken.value.code == "internal_error"
+            assert "processing_jobs" not in broken.value.message
+            with pytest.raises(openai.RateLimitError) as limited:
+                await client.models.list()
+            assert limited.value.code == "rate_limited"
+            assert int(limited.value.response.headers["retry-after"]) >= 1
 
 
 async def test_uploads_are_limited(settings: Settings, token: str, jobs: Jobs) -> None:

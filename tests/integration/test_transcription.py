@@ -6,9 +6,10 @@ The compute side is scripted, so that each failure comes at a known moment; the 
 import asyncio
 import contextlib
 import functools
+import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from jobs import database
+from jobs import database, transcription
 from jobs.calls import CallLog
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe, Usage
 from jobs.database import Pool
@@ -163,10 +164,14 @@ class Bucket:
         self.located += 1
         return f"https://storage/{file_path}?signature={self.located}"
 
-    async def save(self, file_path: str, chunks: object) -> int:
-        raise NotImplementedError
-
-    async def delete(self, file_path: str) -> bool:
+    async def save(
+        self,
+        file_path: str,
+        chunks: AsyncIterable[bytes],
+        content_type: str | None = None,
+        *,
+        replace: bool = True,
+    ) -> int:
         raise NotImplementedError
 
 
@@ -691,14 +696,41 @@ async def test_a_late_attempt_that_ends_leaves_all_to_the_new_one(case: Case, ho
     assert [c["status"] for c in case.chunks()] == ["processing"] * CHUNKS
 
 
-@pytest.mark.parametrize("hangs", ["the database", "the compute side", "starting a call"])
+async def test_an_attempt_ends_while_its_progress_waits_for_a_connection(
+    case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one connection, and as soon as the attempt returns it, its progress gets it."""
+    looks = itertools.count(1)
+    monkeypatch.setattr(transcription, "PROGRESS_INTERVAL", 0)
+    monkeypatch.setattr(
+        transcription._Progress,  # noqa: SLF001 - so that there is always something to write
+        "fraction",
+        property(lambda _: next(looks) / 1_000_000),
+    )
+    one = settings.model_copy(update={"database_pool_size": 1})
+    async with database.make_pool(one, name="test", for_queue=True) as case.pool:
+        async with asyncio.timeout(30):
+            assert (await case.run()).text == TEXT
+        looked = next(looks)
+        await asyncio.sleep(0.1)
+        assert next(looks) == looked + 1, "its progress is not written any more"
+    assert looked > 2
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "hangs", ["the database", "the compute side", "starting a call", "the progress"]
+)
 async def test_a_cancelled_job_has_stopped_after_two_seconds(
     case: Case, hangs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def hang(*_: object) -> Any:
         await asyncio.sleep(30)
 
+    written = asyncio.Event()
+
     async def hang_on(*_: object) -> Any:  # as psycopg does, whose cancelling takes seconds
+        written.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(30)
         await asyncio.sleep(5)
@@ -706,11 +738,16 @@ async def test_a_cancelled_job_has_stopped_after_two_seconds(
     case.cloud.held = {0, 1, 2, 3}
     if hangs == "starting a call":
         monkeypatch.setattr(case.cloud, "spawn", hang)
+    if hangs == "the progress":
+        monkeypatch.setattr(transcription, "PROGRESS_INTERVAL", 0.01)
+        monkeypatch.setattr(transcription._Run, "_write", hang_on)  # noqa: SLF001
     running = case.start(await case.claim())
     if hangs == "starting a call":
         await asyncio.sleep(0.3)
     else:
         await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    if hangs == "the progress":
+        await case.until(written.is_set)
     monkeypatch.setattr(case.cloud, "cancel", hang)
     monkeypatch.setattr(case.cloud, "discard", hang)
     if hangs == "the database":

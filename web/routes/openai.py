@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import psycopg
 from psycopg_pool import PoolTimeout
@@ -38,7 +38,7 @@ from jobs.database import as_user
 from jobs.errors import InvalidInput, PgscribeError, UploadTooLarge
 from jobs.models import JobStatus, ProcessingJob, Segment, Transcript
 from jobs.settings import Settings
-from jobs.storage.base import Storage
+from jobs.storage.base import Storage, media_type
 from jobs.subtitles import Layout
 from modal_functions.transcript import INITIAL_PROMPT_MAX, MODEL_NAME_MAX, is_model_name
 from web import languages, openai_errors, waiting
@@ -47,7 +47,7 @@ from web.endpoints import Answer, Endpoints, ErrorForm, Principal, Scope, valida
 from web.multipart import FormReader, Part
 from web.routes.jobs import IdempotencyKey
 from web.routes.transcripts import MEDIA_TYPES
-from web.routes.uploads import MAX_NAME
+from web.routes.uploads import MAX_NAME, new_path
 
 Task = Literal["transcribe", "translate"]
 
@@ -211,8 +211,8 @@ class _Received:
 class _Upload:
     """What comes of a request: its fields, and its file, which goes to storage."""
 
-    def __init__(self, storage: Storage, user: Principal) -> None:
-        self._storage = storage
+    def __init__(self, request: Request, user: Principal) -> None:
+        self._request = request
         self._user = user
         self._stored: tuple[str, str] | None = None
         self._fields: list[tuple[str, str]] = []
@@ -222,7 +222,7 @@ class _Upload:
         if part.name != "file":
             self._fields.append((part.name, await part.text()))
         elif self._stored is None:
-            self._stored = await _store(self._storage, self._user, part)
+            self._stored = await _store(self._request, self._user, part)
             self._fields.append(("file", self._stored[0]))
         else:
             raise InvalidInput("file: send one recording at a time", field="file")
@@ -236,7 +236,7 @@ class _Upload:
     async def discard(self) -> None:
         """Delete the file."""
         if self._stored is not None:
-            await self._storage.delete(self._stored[0])
+            await _storage(self._request).delete(self._stored[0])
 
 
 async def _receive(request: Request, user: Principal, model: type[TranslationForm]) -> _Received:
@@ -244,7 +244,7 @@ async def _receive(request: Request, user: Principal, model: type[TranslationFor
     limit = request.app.state.settings.max_upload_bytes + _FORM_SLACK
     _check_announced_size(request, limit)
     reader = FormReader(request.headers.get("content-type", ""), request.stream(), limit=limit)
-    upload = _Upload(request.app.state.storage, user)
+    upload = _Upload(request, user)
     try:
         async with aclosing(reader.parts()) as parts:
             async for part in parts:
@@ -270,7 +270,12 @@ def _check_announced_size(request: Request, limit: int) -> None:
         raise UploadTooLarge(f"file: {announced} bytes; the limit is {limit}", limit=limit)
 
 
-async def _store(storage: Storage, user: Principal, part: Part) -> tuple[str, str]:
+def _storage(request: Request) -> Storage:
+    storage: Storage = request.app.state.storage
+    return storage
+
+
+async def _store(request: Request, user: Principal, part: Part) -> tuple[str, str]:
     """Store a file and return its path and the SHA-256 of its bytes."""
     sha256 = hashlib.sha256()
 
@@ -279,9 +284,10 @@ async def _store(storage: Storage, user: Principal, part: Part) -> tuple[str, st
             sha256.update(data)
             yield data
 
-    file_path = f"{user.user_id}/{uuid4()}/{_file_name(part.file_name)}"
+    file_path = new_path(request, user, _file_name(part.file_name))
+    content_type = media_type(file_path, part.content_type)
     try:
-        await storage.save(file_path, hashed())
+        await _storage(request).save(file_path, hashed(), content_type)
     except InvalidInput as exc:
         raise InvalidInput(f"file: {exc}", field=exc.field or "file") from exc
     return file_path, sha256.hexdigest()
@@ -309,7 +315,7 @@ async def _submit(
         fingerprint=hashlib.sha256(content.encode()).hexdigest(), key=key,
         is_repeat=request.headers.get("x-stainless-retry-count", "0") not in {"", "0"},
     )  # fmt: skip
-    storage: Storage = request.app.state.storage
+    storage = _storage(request)
     try:
         async with as_user(request.app.state.pool, user.claims) as conn:
             job_id, is_new = await service.submit_once(
@@ -587,6 +593,7 @@ _PROBLEMS = (
     answers=_STREAMED,
     problems=_PROBLEMS,
     raw_body={"multipart/form-data": TranscriptionForm},
+    max_body=None,
 )
 async def create_transcription(
     request: Request, user: Principal, headers: IdempotencyKey
@@ -607,6 +614,7 @@ async def create_transcription(
     answers=_ANSWERS,
     problems=_PROBLEMS,
     raw_body={"multipart/form-data": TranslationForm},
+    max_body=None,
 )
 async def create_translation(
     request: Request, user: Principal, headers: IdempotencyKey

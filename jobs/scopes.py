@@ -1,0 +1,12 @@
+"""What an API key may be used for."""
+
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """A group of requests. A signed-in user has all scopes, an API key those it was made with."""
+
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    AUDIO_READ = "audio:read"
+    AUDIO_WRITE = "audio:write"
