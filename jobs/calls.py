@@ -44,11 +44,15 @@ class Chunk(Call):
 
 @dataclass(slots=True)
 class Known:
-    """What earlier attempts at a job have done. ``chunks`` are the plan's spans, in order."""
+    """What earlier attempts at a job have done. ``chunks`` are the plan's spans, in order.
+
+    ``refusal``: code and message, where the plan would be more than the owner may have.
+    """
 
     preparation: Call
     plan: Plan | None
     chunks: list[Chunk]
+    refusal: dict[str, str] | None = None
 
 
 class Released(NamedTuple):
@@ -79,6 +83,7 @@ class CallLog:
             Call(None, done["call_id"], done["calls"]),
             None if done["plan"] is None else Plan.from_dict(done["plan"]),
             [Chunk(c["index"], c["call_id"], c["calls"], c["result"]) for c in chunks or ()],
+            done.get("refusal"),
         )
 
     async def audio_url(self) -> str | None:
@@ -86,6 +91,11 @@ class CallLog:
         url: str | None
         (url,) = await self._execute("audio_url")
         return url
+
+    async def limits(self) -> tuple[int | None, float | None]:
+        """Return how many bytes the owner's files and seconds their recordings may have."""
+        largest, longest = await self._execute("job_limits")
+        return largest, longest
 
     async def note_call(self, call: Call, call_id: str) -> None:
         """Note a call that has been started, before anybody waits for it."""

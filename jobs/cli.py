@@ -367,7 +367,8 @@ def show_jobs(*, job_id: UUID | None, status: str | None, limit: int) -> None:
                 shown["attempts"] = await service.attempts(conn, job_id)
                 click.echo(json.dumps(shown, indent=2, ensure_ascii=False, default=str))
                 return
-            for job in await service.list_jobs(conn, status=wanted, limit=limit):
+            page = await service.list_jobs(conn, status=wanted, limit=limit)
+            for job in page.jobs:
                 click.echo(terminal.summary(job))
 
     asyncio.run(show())
@@ -457,16 +458,35 @@ def _pause_or_resume(change: str, owners: tuple[UUID, ...], queue: str) -> None:
 
 
 @main.command()
-@click.argument("owner", type=click.UUID)
-@click.option("--max-running", type=click.IntRange(1), help="Jobs at a time [the queue's default].")
+@click.argument("owner", required=False, type=click.UUID)
+@click.option(
+    "--default", "everybody", is_flag=True, help="For owners without limits of their own."
+)
+@click.option("--max-running", type=click.IntRange(1), help="Jobs at a time [100].")
 @click.option("--weight", type=click.FloatRange(0, min_open=True), help="Share; others have 1.")
+@click.option("--max-queued", type=click.IntRange(0), help="Jobs that wait [10000].")
+@click.option(
+    "--max-audio-seconds-per-month", type=click.FloatRange(0), help="Of calendar months, UTC."
+)
+@click.option("--max-file-bytes", type=click.IntRange(0), help="Of one recording.")
+@click.option("--max-duration", type=click.FloatRange(0), help="Seconds of one recording.")
 @_friendly
-def limit(*, owner: UUID, max_running: int | None, weight: float | None) -> None:
-    """Set how many jobs an owner may have running, and how large their share is."""
+def limit(*, owner: UUID | None, everybody: bool, weight: float | None, **values: Any) -> None:
+    r"""Set all limits of an OWNER, or with --default those of owners who have none of their own.
+
+    \b
+    What is not given is as --default has it; there, as shown in brackets, or without a limit.
+      pgscribe limit --default --max-audio-seconds-per-month 360000 --max-duration 14400
+      pgscribe limit 00000000-0000-4000-8000-000000000001 --max-audio-seconds-per-month inf
+    """
     from jobs.sql import OPERATE
 
-    values = {"owner": owner, "max_running": max_running, "weight": weight}
-    _on_database(OPERATE["limit_owner"], [values])
+    if everybody == (owner is not None):
+        raise click.UsageError("Name an owner, or give --default.")
+    if everybody and weight is not None:
+        raise click.UsageError("--weight is an owner's: others have 1.")
+    query = OPERATE["limit_owners" if everybody else "limit_owner"]
+    _on_database(query, [{"owner": owner, "weight": weight, **values}])
 
 
 def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:

@@ -56,6 +56,26 @@ class BodyTooLarge(TooLarge):
     code = "body_too_large"
 
 
+class LimitReached(PgscribeError):
+    """You have as much as you may have.
+
+    ``limit`` is the limit's name and ``retry_after`` after how many seconds more may be possible.
+    """
+
+    code = "limit_reached"
+
+    def __init__(self, message: str, *, limit: str | None, retry_after: float) -> None:
+        super().__init__(message)
+        self.limit = self.field = limit
+        self.retry_after = retry_after
+
+
+class FileTooLarge(PgscribeError):
+    """The audio is larger than its owner's limit."""
+
+    code = "file_too_large"
+
+
 class NotAuthenticated(PgscribeError):
     """A valid bearer token is needed."""
 

@@ -1,6 +1,6 @@
 """What pgscribe speaks of. The transcript's shape belongs to the functions that produce it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -12,10 +12,19 @@ from jobs.errors import InvalidInput
 from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
 
 __all__ = [
+    "MATCH",
+    "MATCH_END",
     "Attempt",
+    "Cursor",
+    "Hit",
+    "JobPage",
     "JobStatus",
     "JobSummary",
+    "Limit",
+    "NewJob",
     "ProcessingJob",
+    "SearchPage",
+    "SearchResult",
     "Segment",
     "Transcript",
     "TranscriptionOptions",
@@ -60,6 +69,8 @@ class JobSummary(BaseModel):
     user_id: UUID
     job_id: str | None
     file_path: str
+    audio_url: str | None
+    webhook_url: str | None
     options: dict[str, Any]
     status: JobStatus
     progress: float
@@ -82,6 +93,80 @@ class ProcessingJob(JobSummary):
     """A whole row. ``result`` is a transcript's ``to_dict()`` once the job is completed."""
 
     result: dict[str, Any] | None
+
+
+#: Where a list goes on: after the job that was created then and has this id.
+Cursor = tuple[datetime, UUID]
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What an insert may say of a job. The database checks all of it."""
+
+    file_path: str
+    options: dict[str, Any] = field(default_factory=dict)
+    audio_url: str | None = None
+    webhook_url: str | None = None
+    scheduled_at: datetime | None = None
+    priority: int = 0
+    max_attempts: int | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Some of a user's jobs, newest first. ``next``: where the list goes on; ``None``: it ends."""
+
+    jobs: list[JobSummary]
+    next: Cursor | None
+
+
+class Hit(BaseModel):
+    """A place that a search has found. Times are in seconds; ``None`` where they are not known.
+
+    In ``text``, which is plain, each match stands between ``MATCH`` and ``MATCH_END``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    start: float | None
+    end: float | None
+    text: str
+
+
+#: Control characters that are nowhere else in a hit's text.
+MATCH, MATCH_END = "\x02", "\x03"
+
+
+class SearchResult(BaseModel):
+    """A completed job in whose transcript a search has found something. ``hits``: up to three."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: UUID
+    created_at: datetime
+    file_path: str
+    language: str | None
+    audio_seconds: float | None
+    hits: list[Hit]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPage:
+    """Some of what a search has found, newest first. ``next``: where it goes on, if it does."""
+
+    results: list[SearchResult]
+    next: Cursor | None
+
+
+class Limit(BaseModel):
+    """What a user may have, ``None`` being as much as they like, and what they have now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    limit: str
+    maximum: float | None
+    current: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What is kept how long: old queue jobs, jobs and audio are deleted in batches."""
 
+import asyncio
 import logging
 
 from jobs.database import Pool
@@ -9,6 +10,7 @@ from jobs.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 
+AUDIO_BATCH = 100  # files a minute are deleted at the same time
 BATCH = 1000  # rows a transaction: short enough that nobody waits for it
 
 
@@ -67,3 +69,32 @@ async def _prune_audio(pool: Pool, storage: Storage, days: int) -> int:
                 logger.warning("Audio %s could not be deleted: %s", path, exc)
         async with pool.connection() as conn:
             await conn.execute(RETENTION["audio_pruned"], {"reached": reached})
+
+
+async def delete_audio(pool: Pool, storage: Storage) -> int:
+    """Delete the audio of deleted jobs that nobody needs any more, and return how many files.
+
+    What can't be deleted now is tried again the next time, after the others.
+    """
+    async with pool.connection() as conn:
+        cursor = await conn.execute(RETENTION["audio_to_delete"], {"batch": AUDIO_BATCH})
+        row = await cursor.fetchone()
+    assert row is not None
+    paths: list[str] = row[0]
+    answers = await asyncio.gather(*map(storage.delete, paths), return_exceptions=True)
+    gone = []
+    for path, answer in zip(paths, answers, strict=True):
+        if isinstance(answer, BaseException):
+            logger.warning("Audio %s could not be deleted: %s", path, answer)
+        else:  # false says that it was gone already
+            gone.append(path)
+    if gone:
+        async with pool.connection() as conn:
+            await conn.execute(RETENTION["forget_deleted_audio"], {"paths": gone})
+    return len(gone)
+
+
+async def add_up_usage(pool: Pool) -> None:
+    """Add what jobs have used to what their owners have used this month."""
+    async with pool.connection() as conn:
+        await conn.execute(RETENTION["add_up_usage"])

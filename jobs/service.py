@@ -1,23 +1,48 @@
 """What an owner can do with jobs. Every function runs on a connection that acts as that user."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
-from psycopg.rows import class_row, dict_row, scalar_row
+from psycopg.rows import class_row, dict_row, scalar_row, tuple_row
 from psycopg.types.json import Jsonb
 
-from jobs.errors import InvalidInput, JobConflict, JobNotFound, NotAllowed
-from jobs.models import JobStatus, JobSummary, ProcessingJob
+from jobs.errors import (
+    InvalidInput,
+    JobConflict,
+    JobNotFound,
+    LimitReached,
+    NotAllowed,
+    RequestInFlight,
+)
+from jobs.models import (
+    Cursor,
+    JobPage,
+    JobStatus,
+    JobSummary,
+    Limit,
+    NewJob,
+    ProcessingJob,
+    SearchPage,
+    SearchResult,
+)
 from jobs.sql import JOBS
 
 Connection = psycopg.AsyncConnection[Any]
 
 MAX_LIST = 100
 REPEATS_WITHIN = timedelta(minutes=10)
+MAX_BATCH = 100
+OVER_LIMIT = "PT429"  # an SQLSTATE; PostgREST answers 429 for it
+
+_COLUMNS = tuple(field.name for field in fields(NewJob))
+_Item = TypeVar("_Item", JobSummary, SearchResult)
 
 
 async def submit(  # noqa: PLR0913 - what a job may say
@@ -25,6 +50,8 @@ async def submit(  # noqa: PLR0913 - what a job may say
     file_path: str,
     options: dict[str, Any],
     *,
+    audio_url: str | None = None,
+    webhook_url: str | None = None,
     scheduled_at: datetime | None = None,
     priority: int = 0,
     max_attempts: int | None = None,
@@ -32,42 +59,117 @@ async def submit(  # noqa: PLR0913 - what a job may say
 ) -> UUID:
     """Insert a job for audio at ``file_path`` and return its id; its queue job commits with it.
 
-    With an ``idempotency_key`` that the user has used before, it returns the job of that time.
-    The database checks the input: ``InvalidInput`` names the field, also where the key was used
-    for another job; ``NotAllowed`` says that the path is not in the user's own folder.
+    With an ``idempotency_key`` that the user has used before, it returns the job of that time;
+    ``RequestInFlight`` says that it is being inserted. The database checks the input:
+    ``InvalidInput`` names the field, also where the key was used for another job; ``NotAllowed``
+    says that the path is not in the user's own folder, and ``LimitReached`` that the user has as
+    much as they may have.
     """
-    values = {
-        "file_path": file_path,
-        "options": Jsonb(options),
-        "scheduled_at": scheduled_at,
-        "priority": priority,
-        "max_attempts": max_attempts,
-        "idempotency_key": idempotency_key,
-    }
+    job = NewJob(
+        file_path,
+        options,
+        audio_url=audio_url,
+        webhook_url=webhook_url,
+        scheduled_at=scheduled_at,
+        priority=priority,
+        max_attempts=max_attempts,
+        idempotency_key=idempotency_key,
+    )
+    with _refusals():
+        await _hold_keys(conn, [job])
+        return await _insert(conn, job)
+
+
+async def submit_many(conn: Connection, jobs: Sequence[NewJob]) -> list[UUID]:
+    """Insert up to ``MAX_BATCH`` jobs, all or none of them, and return their ids in order.
+
+    Keys count as with ``submit``. Raises as ``submit`` does, naming the job that is to blame:
+    ``jobs[3].options.model``.
+    """
+    if not 1 <= len(jobs) <= MAX_BATCH:
+        raise InvalidInput(f"jobs: must be 1 to {MAX_BATCH}; send more in turn", field="jobs")
     try:
-        async with conn.cursor(row_factory=scalar_row) as cursor:
-            await cursor.execute(JOBS["submit"], values)
-            job_id: UUID | None = await cursor.fetchone()
-            if job_id is None:
-                await cursor.execute(JOBS["get_by_key"], values)
-                job_id = await cursor.fetchone()
+        async with conn.transaction():
+            with _refusals():
+                await _hold_keys(conn, jobs)
+                return await _insert_many(conn, jobs)
+    except (InvalidInput, NotAllowed):
+        async with conn.transaction(force_rollback=True):
+            for index, job in enumerate(jobs):
+                with _refusals(f"jobs[{index}]."):
+                    await _insert(conn, job)
+        raise
+
+
+async def _hold_keys(conn: Connection, jobs: Sequence[NewJob]) -> None:
+    """Keep other requests with the same keys out. Raises ``RequestInFlight``."""
+    keys = [job.idempotency_key for job in jobs if job.idempotency_key is not None]
+    if not keys:
+        return
+    async with conn.cursor(row_factory=scalar_row) as cursor:
+        await cursor.execute(JOBS["hold_keys"], {"keys": keys})
+        if not await cursor.fetchone():
+            raise RequestInFlight
+
+
+async def _insert(conn: Connection, job: NewJob) -> UUID:
+    values = {**{name: getattr(job, name) for name in _COLUMNS}, "options": Jsonb(job.options)}
+    async with conn.cursor(row_factory=scalar_row) as cursor:
+        await cursor.execute(JOBS["submit"], values)
+        job_id: UUID | None = await cursor.fetchone()
+        if job_id is None:
+            await cursor.execute(JOBS["get_by_key"], values)
+            job_id = await cursor.fetchone()
+    assert job_id is not None
+    return job_id
+
+
+async def _insert_many(conn: Connection, jobs: Sequence[NewJob]) -> list[UUID]:
+    columns = {name: [getattr(job, name) for job in jobs] for name in _COLUMNS}
+    columns["options"] = [Jsonb(job.options) for job in jobs]
+    async with conn.cursor(row_factory=tuple_row) as cursor:
+        await cursor.execute(JOBS["submit_many"], columns)
+        inserted = await cursor.fetchall()
+        keys = [job.idempotency_key for job in jobs if job.idempotency_key is not None]
+        await cursor.execute(JOBS["get_by_keys"], {"keys": keys})
+        by_key: dict[str, UUID] = dict(await cursor.fetchall())
+    others = iter([job_id for job_id, key in inserted if key is None])
+    return [
+        next(others) if job.idempotency_key is None else by_key[job.idempotency_key] for job in jobs
+    ]
+
+
+@contextmanager
+def _refusals(where: str = "") -> Iterator[None]:
+    """Say what the database has refused, and ``where`` in the request that was."""
+    try:
+        yield
     except psycopg.errors.CheckViolation as exc:
         text = ". ".join(filter(None, (exc.diag.message_primary, exc.diag.message_hint)))
-        raise InvalidInput(text, field=exc.diag.column_name) from exc
+        raise InvalidInput(where + text, field=where + (exc.diag.column_name or "")) from exc
     except psycopg.errors.InsufficientPrivilege as exc:
         raise NotAllowed(
-            "file_path: must lie in your own folder, <your user id>/…; "
+            f"{where}file_path: must lie in your own folder, <your user id>/…; "
             "use the path that the upload returned"
         ) from exc
     except psycopg.errors.ForeignKeyViolation as exc:
         raise NotAllowed("This token's user does not exist in auth.users.") from exc
     except (psycopg.DataError, UnicodeEncodeError, RecursionError) as exc:
         raise InvalidInput(
-            "The request holds what Postgres can't store: a NUL character, half a surrogate pair, "
-            "an infinite number, or objects nested very deeply"
+            f"{where and where.rstrip('.') + ': '}The request holds what Postgres can't store: "
+            "a NUL character, half a surrogate pair, an infinite number, or objects nested deeply",
+            field=where.rstrip(".") or None,
         ) from exc
-    assert job_id is not None
-    return job_id
+    except psycopg.ProgrammingError as exc:
+        if exc.sqlstate != OVER_LIMIT:
+            raise
+        raise _limit_reached(exc.diag) from exc
+
+
+def _limit_reached(said: psycopg.errors.Diagnostic) -> LimitReached:
+    text = ". ".join(filter(None, (said.message_primary, said.message_hint)))
+    detail = json.loads(said.message_detail or "{}")
+    return LimitReached(text, limit=said.column_name, retry_after=detail.get("retry_after", 60))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +258,8 @@ async def cancel(conn: Connection, job_id: UUID) -> ProcessingJob:
 async def retry(conn: Connection, job_id: UUID) -> ProcessingJob:
     """Run a failed or cancelled job of the user's again, with all its attempts.
 
-    Raises ``JobNotFound``, and ``JobConflict`` where it has completed or has not ended.
+    Raises ``JobNotFound``, ``JobConflict`` where it has completed or has not ended, and
+    ``LimitReached``, since it waits like a new one.
     """
     before = await get(conn, job_id)
     if before.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
@@ -168,17 +271,71 @@ async def retry(conn: Connection, job_id: UUID) -> ProcessingJob:
 
 async def _change(conn: Connection, query: str, job_id: UUID) -> ProcessingJob:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        await cursor.execute(JOBS[query], {"id": job_id})
+        with _refusals():
+            await cursor.execute(JOBS[query], {"id": job_id})
         row = await cursor.fetchone()
     if row is None or row["id"] is None:
         raise JobNotFound
     return ProcessingJob(**row)
 
 
+async def delete(conn: Connection, job_id: UUID, *, keep_audio: bool = False) -> None:
+    """Delete a job of the user's; one that runs is stopped. Raises ``JobNotFound``.
+
+    Its audio goes within minutes, unless another job names it or it lies in nobody's folder.
+    """
+    async with conn.cursor(row_factory=scalar_row) as cursor:
+        await cursor.execute(JOBS["delete"], {"id": job_id, "keep_audio": keep_audio})
+        if not await cursor.fetchone():
+            raise JobNotFound
+
+
 async def list_jobs(
-    conn: Connection, *, status: JobStatus | None = None, limit: int = 50
-) -> list[JobSummary]:
-    """Return the user's newest jobs, without results. ``limit`` is 1 to ``MAX_LIST``."""
+    conn: Connection,
+    *,
+    status: JobStatus | None = None,
+    limit: int = 50,
+    after: Cursor | None = None,
+) -> JobPage:
+    """Return a page of the user's jobs, newest first, without results.
+
+    ``limit`` is 1 to ``MAX_LIST``; ``after`` is the ``next`` of the page before.
+    """
+    values = {"status": status, **_page(limit, after)}
     async with conn.cursor(row_factory=class_row(JobSummary)) as cursor:
-        await cursor.execute(JOBS["list"], {"status": status, "limit": limit})
+        await cursor.execute(JOBS["list"], values)
+        return JobPage(*_cut(await cursor.fetchall(), limit))
+
+
+async def search(
+    conn: Connection, q: str, *, limit: int = 20, after: Cursor | None = None
+) -> SearchPage:
+    """Return completed jobs of the user's with such words in their transcripts, newest first.
+
+    ``q``: 1 to 200 characters of words, ``"a phrase"``, ``or`` and ``-excluded``; of the last word
+    the beginning will do. Raises ``InvalidInput``.
+    """
+    try:
+        async with conn.cursor(row_factory=class_row(SearchResult)) as cursor:
+            with _refusals():
+                await cursor.execute(JOBS["search"], {"q": q, **_page(limit, after)})
+            return SearchPage(*_cut(await cursor.fetchall(), limit))
+    except psycopg.errors.QueryCanceled as exc:
+        raise InvalidInput("q: finds too much; add a word that is rarer", field="q") from exc
+
+
+async def limits(conn: Connection) -> list[Limit]:
+    """Return what the user may have, and what they have."""
+    async with conn.cursor(row_factory=class_row(Limit)) as cursor:
+        await cursor.execute(JOBS["limits"])
         return await cursor.fetchall()
+
+
+def _page(limit: int, after: Cursor | None) -> dict[str, Any]:
+    at, job_id = after or (None, None)
+    return {"limit": limit + 1, "after_at": at, "after_id": job_id}
+
+
+def _cut(found: list[_Item], limit: int) -> tuple[list[_Item], Cursor | None]:
+    page = found[:limit]
+    return page, (page[-1].created_at, page[-1].id) if len(found) > limit else None

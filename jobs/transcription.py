@@ -7,6 +7,7 @@ missing.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -36,6 +37,7 @@ from jobs.errors import (
     CallLost,
     CallTimeout,
     ComputeUnavailable,
+    FileTooLarge,
     JobTimeout,
     PgscribeError,
     StorageUnavailable,
@@ -211,6 +213,9 @@ class _Run:
             known = await self._log.store_plan(known.preparation, outcome)
         plan = known.plan
         assert plan is not None
+        if known.refusal is not None:
+            code, message = known.refusal["code"], known.refusal["message"]
+            raise TranscriptionFailed(code, message, retryable=False)
         self._progress.start(plan, known.chunks)
         slots = asyncio.Semaphore(self._limits.chunks_per_job)
         await _all_of(
@@ -236,9 +241,21 @@ class _Run:
         report(1.0)
 
     async def _prepare(self) -> Prepare:
+        largest, longest = await self._log.limits()
         source = await self._source()
-        key, longest = str(self._attempt.job_id), self._limits.audio_seconds
-        return Prepare(source, key, self._options.preprocessing, longest)
+        await self._check_size(largest)
+        longest = min(self._limits.audio_seconds, longest or math.inf)
+        return Prepare(source, str(self._attempt.job_id), self._options.preprocessing, longest)
+
+    async def _check_size(self, largest: int | None) -> None:
+        if largest is None:
+            return
+        size = await self._storage.size(self._attempt.file_path)
+        if size is not None and size > largest:
+            raise FileTooLarge(
+                f"max_file_bytes: the file has {size} bytes, more than the limit of {largest}; "
+                "send a compressed format such as mp3, m4a or opus, or ask for a higher limit"
+            )
 
     async def _source(self) -> str:
         """Return what ffmpeg can read; audio by URL is brought into storage first."""

@@ -11,10 +11,12 @@ import procrastinate
 from jobs import database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
+from jobs.database import Pool
 from jobs.fetching import Fetcher
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
+from jobs.storage.base import Storage
 from jobs.storage.choose import make_storage
 from jobs.transcription import Limits, Transcriber, clean_up
 
@@ -64,7 +66,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             app,
             Transcriber(pool, storage, compute, Limits.of(settings), fetch),
             functools.partial(retention.prune, pool, storage, settings),
-            functools.partial(clean_up, pool, compute),
+            functools.partial(_clean_up, pool, storage, compute),
         )
         backoff = Backoff(1.0, 60.0)
         while not stop.is_set():
@@ -78,6 +80,18 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             except Exception:
                 logger.exception("The worker failed and is started again")
                 await backoff.sleep()
+
+
+async def _clean_up(pool: Pool, storage: Storage, compute: Compute) -> None:
+    answers = await asyncio.gather(
+        clean_up(pool, compute),
+        retention.delete_audio(pool, storage),
+        retention.add_up_usage(pool),
+        return_exceptions=True,  # none keeps the others from their work
+    )
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
 
 
 async def _run_until_stopped(worker: Worker, stop: asyncio.Event, stop_now: asyncio.Event) -> None:

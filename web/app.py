@@ -14,7 +14,7 @@ from jobs import database
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.storage.choose import make_storage
-from web import openapi, problems
+from web import endpoints, openapi, problems
 from web.auth import Authenticator
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> Starlette:
         routes=[
             Route("/healthz", healthz),
             *docs.routes(),
-            *(Route(e.path, e.respond, methods=[e.method]) for e in ENDPOINTS),
+            *endpoints.routes(ENDPOINTS),
         ],
         exception_handlers={
             PgscribeError: in_openai_form(problems.on_pgscribe_error),

@@ -14,7 +14,7 @@ what is not announced as JSON, and answer errors in a form of their own.
 import inspect
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +23,7 @@ from uuid import UUID
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from jobs.errors import InvalidInput, JobNotFound
 from web.auth import Principal, Scope, authenticate, require
@@ -141,6 +142,22 @@ class Endpoints:
         return declare
 
 
+def routes(endpoints: Iterable[Endpoint]) -> list[Route]:
+    """Return one route for each path, so that 405 names all methods that it has."""
+    paths: dict[str, dict[str, Endpoint]] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method] = endpoint
+    return [Route(path, _respond(by), methods=list(by)) for path, by in paths.items()]
+
+
+def _respond(by_method: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+    async def respond(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        return await by_method[method].respond(request)
+
+    return respond
+
+
 def _usual_problems(path: str, takes: Mapping[str, Any], raw_body: object) -> frozenset[HTTPStatus]:
     usual = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
     if "user" in takes:
@@ -209,5 +226,6 @@ __all__ = [
     "Principal",
     "Scope",
     "parse_json",
+    "routes",
     "validate",
 ]

@@ -8,6 +8,9 @@ select held, preparation, chunks from pgscribe.load_calls(%(job_id)s, %(attempt)
 -- By name, so that workers run before and after the migration that adds the column.
 select (select to_jsonb(j) ->> 'audio_url' from public.processing_jobs j where j.id = %(job_id)s)
 
+-- job_limits --
+select max_file_bytes, max_seconds from pgscribe.job_limits(%(job_id)s)
+
 -- note_call --
 select pgscribe.note_call(%(job_id)s, %(attempt)s, %(chunk)s, %(call_id)s)
 

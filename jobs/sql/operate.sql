@@ -13,4 +13,9 @@ select public.pause_owner(%(owner)s)
 select public.resume_owner(%(owner)s)
 
 -- limit_owner --
-select public.limit_owner(%(owner)s, %(max_running)s, %(weight)s)
+select public.limit_owner(
+  %(owner)s, %(max_running)s, %(weight)s, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)
+
+-- limit_owners --
+select public.limit_owners(
+  %(max_running)s, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)

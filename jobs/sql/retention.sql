@@ -6,5 +6,14 @@ select pgscribe.prune(%(what)s, make_interval(days => %(days)s), %(batch)s)
 -- expired_audio --
 select paths, reached from pgscribe.expired_audio(make_interval(days => %(days)s), %(batch)s)
 
+-- audio_to_delete --
+select pgscribe.audio_to_delete(%(batch)s)
+
+-- forget_deleted_audio --
+select pgscribe.forget_deleted_audio(%(paths)s)
+
+-- add_up_usage --
+select pgscribe.add_up_usage()
+
 -- audio_pruned --
 select pgscribe.audio_pruned(%(reached)s)

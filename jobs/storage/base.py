@@ -58,6 +58,10 @@ class AudioSource(Protocol):
         """Return what ffmpeg can read: a path or a short-lived URL. Raises ``AudioNotFound``."""
         ...
 
+    async def size(self, file_path: str) -> int | None:
+        """Return a file's size in bytes, ``None`` where there is no such file."""
+        ...
+
     async def save(
         self,
         file_path: str,
@@ -80,10 +84,6 @@ class Storage(AudioSource, Protocol):
     All methods raise ``StorageUnavailable`` where nobody answers, which passes, and
     ``StorageRefused`` where the set-up is wrong, which does not.
     """
-
-    async def size(self, file_path: str) -> int | None:
-        """Return a file's size in bytes, ``None`` where there is no such file."""
-        ...
 
     async def delete(self, file_path: str) -> bool:
         """Delete a file; return whether there was one."""

@@ -185,6 +185,9 @@ class NoStorage:
     ) -> int:
         raise NotImplementedError
 
+    async def size(self, file_path: str) -> int | None:
+        raise NotImplementedError
+
 
 class ScriptedTranscriber(Transcriber):
     def __init__(self, pool: Any, _: AudioSource, *arguments: Any) -> None:

@@ -68,8 +68,10 @@ def test_submit_and_read(
     assert (job["id"], job["job_id"]) == row[:2]
     assert set(job) == {
         "id", "created_at", "updated_at", "scheduled_at", "started_at", "completed_at", "user_id",
-        "job_id", "file_path", "options", "status", "progress", "attempt", "priority",
-        "max_attempts", "idempotency_key", "due_at", "cancel_requested_at", "retry_requested_at",
+        "job_id", "file_path", "audio_url", "webhook_url", "options", "status", "progress",
+        "attempt",
+        "priority", "max_attempts", "idempotency_key", "due_at", "cancel_requested_at",
+        "retry_requested_at",
         "audio_seconds", "estimated_seconds", "usage", "note", "error_code", "error", "result",
     }  # fmt: skip
     assert (job["status"], job["options"]) == ("queued", {"model": "tiny"})
@@ -181,7 +183,7 @@ def test_others_audio_and_jobs_are_out_of_reach(
     job_id = submit(api, headers, user)
     theirs = {"Authorization": f"Bearer {issue_token(settings, stranger, lifetime=60)}"}
     assert_problem(api.get(f"/jobs/{job_id}", headers=theirs), 404, "job_not_found")
-    assert api.get("/jobs", headers=theirs).json() == {"jobs": []}
+    assert api.get("/jobs", headers=theirs).json()["jobs"] == []
 
 
 def test_unknown_jobs_and_users(api: TestClient, headers: Headers, settings: Settings) -> None:

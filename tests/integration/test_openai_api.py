@@ -468,6 +468,22 @@ async def test_rates_and_what_nobody_expected(
             assert int(limited.value.response.headers["retry-after"]) >= 1
 
 
+async def test_what_is_over_a_limit_leaves_no_file(
+    client: AsyncOpenAI, user: UUID, conn: psycopg.Connection, jobs: Jobs
+) -> None:
+    conn.execute("insert into pgscribe.owner_limits (owner_id, max_queued) values (%s, 1)", (user,))
+    conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, %s)", (user, f"{user}/a.mp3")
+    )
+    with pytest.raises(openai.RateLimitError, match="1") as error:
+        await client.with_options(max_retries=0).audio.transcriptions.create(
+            model="tiny", file=("a.mp3", AUDIO)
+        )
+    assert (error.value.code, error.value.param) == ("limit_reached", "max_queued")
+    assert "retry-after" in error.value.response.headers
+    assert (len(jobs.all()), jobs.files()) == (1, [])
+
+
 async def test_uploads_are_limited(settings: Settings, token: str, jobs: Jobs) -> None:
     with serving(settings.model_copy(update={"max_upload_bytes": 1000})) as url:
         async with AsyncOpenAI(api_key=token, base_url=url) as client:
@@ -507,6 +523,8 @@ async def test_half_an_upload_is_nothing(url: str, token: str, jobs: Jobs) -> No
         ("audio_too_long", 400, "file"),
         ("invalid_options", 400, None),
         ("model_unavailable", 404, "model"),
+        ("file_too_large", 413, "file"),
+        ("quota_exceeded", 429, None),
         ("engine_crashed", 500, None),
         ("timeout", 500, None),
     ],

@@ -13,6 +13,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import database
 from jobs.queue import ClaimedJob, OutcomeName, Queue
 from jobs.settings import Settings
+from jobs.sql import JOBS
 
 pytestmark = pytest.mark.anyio
 
@@ -185,6 +186,30 @@ class Steps:
         self._conn.execute("select cancel_processing_job(%s)", row)
         self._conn.execute("select retry_processing_job(%s)", row)
 
+    def _as_owner(self, query: bytes, values: dict[str, Any]) -> list[Any]:
+        with self._conn.transaction():
+            self._conn.execute(
+                "select set_config('role', 'authenticated', true),"
+                " set_config('request.jwt.claims', %s, true)",
+                (f'{{"sub": "{self._users[0]}"}}',),
+            )
+            return self._conn.execute(query, values).fetchall()
+
+    async def list_jobs(self, status: str | None) -> None:
+        values = {"status": status, "limit": 20, "after_at": None, "after_id": None}
+        rows = self._as_owner(JOBS["list"], values)
+        assert len(rows) == 20 or status == "failed"
+
+    async def delete(self) -> None:
+        row = self._conn.execute(
+            "insert into processing_jobs (user_id, file_path)"
+            " values (%(user)s::uuid, %(user)s::text || '/a')"
+            " returning id",
+            {"user": str(self._users[0])},
+        ).fetchone()
+        assert row is not None
+        assert self._as_owner(JOBS["delete"], {"id": row[0], "keep_audio": False}) == [(True,)]
+
     async def prune(self, what: str) -> None:
         row = self._conn.execute(
             "select pgscribe.prune(%s, interval '10 days', 100)", (what,)
@@ -221,6 +246,11 @@ async def test_what_is_read_does_not_depend_on_finished_jobs(
         ("end and claim", 20, steps.end_and_claim),
         ("sweep", 20, steps.sweep),
         ("cancel and retry", 3, steps.cancel_and_retry),
+        ("list", 20, functools.partial(steps.list_jobs, None)),
+        ("list completed", 20, functools.partial(steps.list_jobs, "completed")),
+        ("list queued", 20, functools.partial(steps.list_jobs, "queued")),
+        ("list failed", 20, functools.partial(steps.list_jobs, "failed")),
+        ("delete", 2, steps.delete),
         ("prune queue jobs", 100, functools.partial(steps.prune, "queue_jobs")),
         ("prune", 100, functools.partial(steps.prune, "completed")),
         ("sign off", 1, steps.sign_off),

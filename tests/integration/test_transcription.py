@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -172,6 +173,12 @@ class Bucket:
         *,
         replace: bool = True,
     ) -> int:
+        raise NotImplementedError
+
+    async def size(self, file_path: str) -> int | None:
+        return 1000 if file_path else None
+
+    async def delete(self, file_path: str) -> bool:
         raise NotImplementedError
 
 
@@ -811,3 +818,81 @@ async def test_errors_say_whether_another_attempt_makes_sense() -> None:
     assert all(error.retryable for error in retryable)
     assert not any(error.retryable for error in final)
     assert all(issubclass(error, PgscribeError) for error in retryable | final)
+
+
+# Limits of the owner's
+
+
+async def refusal(case: Case) -> str:
+    attempt = await case.claim()
+    with pytest.raises(PgscribeError) as caught:
+        await case.run(attempt)
+    assert not caught.value.retryable
+    assert sum(isinstance(r, Transcribe) for r in case.cloud.requests.values()) == 0
+    return f"{caught.value.code}, {caught.value}"
+
+
+def limit_owner(case: Case, limit: str, value: float) -> None:
+    query = f"select limit_owner(user_id, {limit} => %s) from processing_jobs limit 1"
+    case.conn.execute(query.encode(), (value,))
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("max_duration", 39.5, "audio_too_long, max_duration: .* 40.0 s, .* limit of 39.5 s"),
+        ("max_audio_seconds_per_month", 39.5, "quota_exceeded, .* 40.0 s, .* 39.5 s are left"),
+        ("max_file_bytes", 999, "file_too_large, max_file_bytes: .* 1000 bytes, .* limit of 999"),
+    ],
+)
+async def test_what_is_over_a_limit_is_refused_before_it_is_transcribed(
+    case: Case, limit: str, value: float, message: str
+) -> None:
+    limit_owner(case, limit, value)
+    assert re.match(message, await refusal(case))
+    case.end("failed")
+    assert case.audio() == []
+    case.conn.execute("update procrastinate.procrastinate_jobs set status = 'todo'")
+    limit_owner(case, limit, {"max_file_bytes": 1000}.get(limit, 40))
+    assert (await case.run()).text == TEXT
+
+
+async def test_the_compute_side_knows_the_longest_duration(case: Case) -> None:
+    limit_owner(case, "max_duration", 50)
+    await case.run()
+    (prepare,) = (r for r in case.cloud.requests.values() if isinstance(r, Prepare))
+    assert prepare.max_seconds == 50
+
+
+async def test_jobs_that_run_at_the_same_time_share_the_month(case: Case) -> None:
+    limit_owner(case, "max_audio_seconds_per_month", 79)
+    case.conn.execute(
+        "insert into processing_jobs (user_id, file_path)"
+        " select user_id, 'u/b.mp3' from processing_jobs"
+    )
+    case.cloud.held = set(range(CHUNKS))
+    first = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    before = len(case.cloud.requests)
+    attempt = await case.claim()
+    with pytest.raises(
+        TranscriptionFailed, match=r"40.0 s, .* limit of 79 s a month 39.0 s are left"
+    ):
+        await case.run(attempt)
+    assert len(case.cloud.requests) == before + 1, "its preparation"
+    case.cloud.let_go.set()
+    assert (await first).text == TEXT
+
+
+async def test_an_attempt_that_was_let_through_stays_so(case: Case) -> None:
+    case.cloud.held = set(range(CHUNKS))
+    first = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == CHUNKS)
+    limit_owner(case, "max_duration", 1)
+    await case.lose()
+    second = case.start(await case.claim())
+    await case.until(lambda: case.cloud.at_a_time == 2 * CHUNKS)
+    case.cloud.let_go.set()
+    assert (await second).text == TEXT
+    with pytest.raises(AttemptLost):
+        await first

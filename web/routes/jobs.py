@@ -1,19 +1,31 @@
 """Submitting jobs, reading, cancelling, retrying and deleting them."""
 
-from collections.abc import Awaitable, Callable
+import base64
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
-from uuid import UUID
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4, uuid5
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jobs import service
+from jobs import models, service
 from jobs.database import as_user
+from jobs.errors import InvalidInput
+from jobs.fetching import check_url
 from jobs.models import JobStatus, JobSummary, ProcessingJob
 from modal_functions.transcript import INITIAL_PROMPT_MAX, MODEL_NAME, MODEL_NAME_MAX, TASKS
 from web.endpoints import Answer, Endpoints, Principal, Scope
+
+MAX_BATCH_BODY = 1024 * 1024  # bytes of JSON
+MAX_NAME = 100  # characters of a URL's last part that name the file
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]")
 
 OK, ACCEPTED, CONFLICT = HTTPStatus.OK, HTTPStatus.ACCEPTED, HTTPStatus.CONFLICT
 
@@ -54,15 +66,28 @@ _OPTIONS = {
 Options = Annotated[dict[str, Any], WithJsonSchema(_OPTIONS)]
 
 
-class ProcessRequest(BaseModel):
-    """What to transcribe, and how. The database checks the path and the options."""
+class NewJob(BaseModel):
+    """What to transcribe, and how: `filePath`, `audioUrl` or both. The database checks the rest."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"anyOf": [{"required": ["filePath"]}, {"required": ["audioUrl"]}]},
+    )
 
-    file_path: str = Field(
-        alias="filePath", min_length=1, max_length=1024, description="What the upload returned."
+    file_path: str | None = Field(
+        None, alias="filePath", min_length=1, max_length=1024, description="What `/uploads` said."
+    )
+    audio_url: str | None = Field(
+        None,
+        alias="audioUrl",
+        max_length=2048,
+        description="Where a worker fetches the recording from: http(s), on the public internet.",
     )
     options: Options = {}
+    webhook_url: str | None = Field(
+        None, alias="webhookUrl", max_length=2048, description="Kept with the job; not called yet."
+    )
     scheduled_at: AwareDatetime | None = Field(
         None, alias="scheduledAt", strict=False, description="Start no earlier than this."
     )
@@ -71,12 +96,43 @@ class ProcessRequest(BaseModel):
     )
 
 
+class ProcessRequest(NewJob):
+    """Body of `POST /process`."""
+
+
+class BatchJob(NewJob):
+    """A job of a batch."""
+
+    idempotency_key: str | None = Field(
+        None, alias="idempotencyKey", min_length=1, max_length=200, description="As the header."
+    )
+
+
+class BatchRequest(BaseModel):
+    """Jobs to submit, all or none of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    jobs: list[BatchJob] = Field(min_length=1, max_length=service.MAX_BATCH)
+
+
 class Accepted(BaseModel):
     """A job that has been queued."""
 
     job_id: UUID = Field(serialization_alias="jobId")
     status: Literal[JobStatus.QUEUED] = JobStatus.QUEUED
     message: str
+
+    @classmethod
+    def of(cls, job_id: UUID) -> Self:
+        """Say that a job has been queued."""
+        return cls(job_id=job_id, message=f"Queued; follow it at /jobs/{job_id}")
+
+
+class AcceptedBatch(BaseModel):
+    """Jobs that have been queued, in the order in which they came."""
+
+    jobs: list[Accepted]
 
 
 class IdempotencyKey(BaseModel):
@@ -98,12 +154,14 @@ class ListQuery(BaseModel):
 
     status: JobStatus | None = None
     limit: int = Field(50, ge=1, le=service.MAX_LIST)
+    cursor: str | None = Field(None, max_length=200, description="`next_cursor` of the last page.")
 
 
 class JobList(BaseModel):
     """The newest jobs first, without their results."""
 
     jobs: list[JobSummary]
+    next_cursor: str | None = Field(description="For the next page; null on the last.")
 
 
 @endpoint(
@@ -121,30 +179,93 @@ async def process(
     With an `Idempotency-Key` that was sent before, the answer names the job of that time; 409 while
     the first request is being worked on, 422 where the body differs.
     """
+    job = _new_job(body, user, headers.key)
     async with as_user(request.app.state.pool, user.claims) as conn:
-        job_id = await service.submit(
-            conn,
-            body.file_path,
-            body.options,
-            scheduled_at=body.scheduled_at,
-            priority=body.priority,
-            idempotency_key=headers.key,
-        )
-    return accepted(Accepted(job_id=job_id, message=f"Queued; follow it at /jobs/{job_id}"))
+        job_id = await service.submit(conn, **asdict(job))
+    content = Accepted.of(job_id).model_dump(mode="json", by_alias=True)
+    return JSONResponse(content, ACCEPTED, {"Location": f"/jobs/{job_id}"})
 
 
-def accepted(answer: Accepted) -> Response:
-    """Return 202 with where the job is."""
-    content = answer.model_dump(mode="json", by_alias=True)
-    return JSONResponse(content, ACCEPTED, {"Location": f"/jobs/{answer.job_id}"})
+@endpoint(
+    "POST",
+    "/process/batch",
+    scope=Scope.JOBS_WRITE,
+    answers={ACCEPTED: Answer("All queued", AcceptedBatch)},
+    problems=(CONFLICT,),
+    max_body=MAX_BATCH_BODY,
+)
+async def process_batch(request: Request, user: Principal, body: BatchRequest) -> Response:
+    """Transcribe up to 100 recordings: all are queued, or none."""
+    jobs = []
+    for index, job in enumerate(body.jobs):
+        with _within(f"jobs[{index}]."):
+            jobs.append(_new_job(job, user, job.idempotency_key))
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        job_ids = await service.submit_many(conn, jobs)
+    answer = AcceptedBatch(jobs=[Accepted.of(job_id) for job_id in job_ids])
+    return JSONResponse(answer.model_dump(mode="json", by_alias=True), ACCEPTED)
+
+
+@contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Say in which part of the request it is that is refused."""
+    try:
+        yield
+    except InvalidInput as exc:
+        raise InvalidInput(f"{where}{exc}", field=f"{where}{exc.field}") from exc
+
+
+def _new_job(body: NewJob, user: Principal, key: str | None) -> models.NewJob:
+    if body.audio_url is not None:
+        check_url(body.audio_url)
+    elif body.file_path is None:
+        raise InvalidInput("filePath: is missing; send it, or audioUrl", field="filePath")
+    return models.NewJob(
+        body.file_path or _path_for(body.audio_url or "", user, key),
+        body.options,
+        audio_url=body.audio_url,
+        webhook_url=body.webhook_url,
+        scheduled_at=body.scheduled_at,
+        priority=body.priority,
+        idempotency_key=key,
+    )
+
+
+def _path_for(url: str, user: Principal, key: str | None) -> str:
+    """Return where fetched audio goes: for the same key to the same place."""
+    folder = uuid4() if key is None else uuid5(user.user_id, f"{key} {url}")
+    name = _NOT_IN_NAMES.sub("_", urlsplit(url).path.rpartition("/")[2])[-MAX_NAME:].strip(". ")
+    return f"{user.user_id}/{folder}/{name or 'audio'}"
 
 
 @endpoint("GET", "/jobs", scope=Scope.JOBS_READ, answers={OK: Answer("Your jobs", JobList)})
 async def list_jobs(request: Request, user: Principal, query: ListQuery) -> Response:
     """List jobs, the newest first, without their results."""
+    after = read_cursor(query.cursor)
     async with as_user(request.app.state.pool, user.claims) as conn:
-        jobs = await service.list_jobs(conn, status=query.status, limit=query.limit)
-    return as_json(JobList(jobs=jobs))
+        page = await service.list_jobs(conn, status=query.status, limit=query.limit, after=after)
+    return as_json(JobList(jobs=page.jobs, next_cursor=write_cursor(page.next)))
+
+
+def write_cursor(cursor: models.Cursor | None) -> str | None:
+    """Return a place in a list as text that says nothing to its reader."""
+    if cursor is None:
+        return None
+    return base64.urlsafe_b64encode(f"{cursor[0].isoformat()} {cursor[1]}".encode()).decode()
+
+
+def read_cursor(text: str | None) -> models.Cursor | None:
+    """Return what ``write_cursor`` wrote. Raises ``InvalidInput``."""
+    if text is None:
+        return None
+    try:
+        at, _, job_id = base64.urlsafe_b64decode(text.encode()).decode().partition(" ")
+        cursor = datetime.fromisoformat(at), UUID(job_id)
+    except ValueError:
+        cursor = None
+    if cursor is None or cursor[0].tzinfo is None:
+        raise InvalidInput("cursor: is none; take `next_cursor` of the last page", field="cursor")
+    return cursor
 
 
 _JOB = {OK: Answer("The job", ProcessingJob)}
@@ -178,6 +299,71 @@ async def cancel_job(request: Request, user: Principal, job_id: UUID) -> Respons
 async def retry_job(request: Request, user: Principal, job_id: UUID) -> Response:
     """Run a failed or cancelled job again, with all its attempts."""
     return await _on_job(request, user, job_id, service.retry)
+
+
+class DeleteQuery(BaseModel):
+    """What to keep."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keep_audio: bool = Field(False, description="Delete the job and its transcript only.")  # noqa: FBT003
+
+
+@endpoint(
+    "DELETE",
+    "/jobs/{job_id}",
+    scope=Scope.JOBS_WRITE,
+    answers={HTTPStatus.NO_CONTENT: Answer("Deleted", media_types=())},
+)
+async def delete_job(
+    request: Request, user: Principal, job_id: UUID, query: DeleteQuery
+) -> Response:
+    """Delete a job with its transcript and, unless another job needs that, its audio.
+
+    A job that runs is stopped. The audio goes within minutes.
+    """
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        await service.delete(conn, job_id, keep_audio=query.keep_audio)
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+class SearchQuery(BaseModel):
+    """What to look for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    q: str = Field(min_length=1, max_length=200, description='Words, "a phrase", or, -excluded.')
+    limit: int = Field(20, ge=1, le=service.MAX_LIST)
+    cursor: str | None = Field(None, max_length=200, description="`next_cursor` of the last page.")
+
+
+class SearchResults(BaseModel):
+    """Jobs in whose transcripts something was found, the newest first."""
+
+    results: list[models.SearchResult]
+    next_cursor: str | None = Field(description="For the next page; null on the last.")
+
+
+@endpoint("GET", "/search", scope=Scope.JOBS_READ, answers={OK: Answer("Found", SearchResults)})
+async def search(request: Request, user: Principal, query: SearchQuery) -> Response:
+    """Search your transcripts. Of the last word the beginning will do."""
+    after = read_cursor(query.cursor)
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        page = await service.search(conn, query.q, limit=query.limit, after=after)
+    return as_json(SearchResults(results=page.results, next_cursor=write_cursor(page.next)))
+
+
+class Limits(BaseModel):
+    """What you may have, and what you have."""
+
+    limits: list[models.Limit]
+
+
+@endpoint("GET", "/limits", scope=Scope.JOBS_READ, answers={OK: Answer("Your limits", Limits)})
+async def limits(request: Request, user: Principal) -> Response:
+    """Read your limits; null: there is none, or nothing to count."""
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        return as_json(Limits(limits=await service.limits(conn)))
 
 
 async def _on_job(

@@ -455,26 +455,31 @@ def _segment(number: int, segment: Segment, temperature: float) -> VerboseSegmen
     )
 
 
-_OF_THE_AUDIO = {
-    "empty_file", "invalid_audio", "no_audio_stream", "empty_audio", "truncated_audio",
-    "audio_too_long",
+#: Status and field to blame for what is not our fault.
+_FAILURES: Mapping[str, tuple[HTTPStatus, str | None]] = {
+    **dict.fromkeys(
+        (
+            "empty_file", "invalid_audio", "no_audio_stream", "empty_audio", "truncated_audio",
+            "audio_too_long",
+        ),
+        (HTTPStatus.BAD_REQUEST, "file"),
+    ),
+    "file_too_large": (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "file"),
+    "invalid_options": (HTTPStatus.BAD_REQUEST, None),
+    "model_unavailable": (HTTPStatus.NOT_FOUND, "model"),
+    "quota_exceeded": (HTTPStatus.TOO_MANY_REQUESTS, None),
 }  # fmt: skip
 
 
 def _failure(job: ProcessingJob) -> tuple[HTTPStatus, openai_errors.OpenAIError]:
     """Return how to say that an ended job has no transcript. Another attempt would be no better."""
     if job.status is JobStatus.CANCELLED:
-        status, code, param = HTTPStatus.CONFLICT, "job_cancelled", None
         message = f"The job {job.id} was cancelled"
-    else:
-        code, message = job.error_code or "internal_error", job.error or "The job failed"
-        status, param = HTTPStatus.INTERNAL_SERVER_ERROR, None
-        if code in _OF_THE_AUDIO:
-            status, param = HTTPStatus.BAD_REQUEST, "file"
-        elif code == "model_unavailable":
-            status, param = HTTPStatus.NOT_FOUND, "model"
-        elif code == "invalid_options":
-            status = HTTPStatus.BAD_REQUEST
+        status = HTTPStatus.CONFLICT
+        return status, openai_errors.detail(status, "job_cancelled", message)
+    code = job.error_code or "internal_error"
+    status, param = _FAILURES.get(code, (HTTPStatus.INTERNAL_SERVER_ERROR, None))
+    message = job.error or "The job failed"
     return status, openai_errors.detail(status, code, message, param=param)
 
 
