@@ -198,6 +198,25 @@ class JobConflict(PgscribeError):
     code = "job_conflict"
 
 
+class NotAcceptable(PgscribeError):
+    """The answer can't be had in that form."""
+
+    code = "not_acceptable"
+
+
+class TranscriptNotReady(PgscribeError):
+    """The job has no text yet; ask again while it runs, or once it has completed."""
+
+    code = "transcript_not_ready"
+    retry_after = 2.0
+
+
+class NoTranscript(PgscribeError):
+    """The job ended without a transcript."""
+
+    code = "no_transcript"
+
+
 class RequestInFlight(PgscribeError):
     """A request with the same Idempotency-Key is being worked on; try again in a second."""
 

@@ -1,12 +1,13 @@
 """What an owner can do with jobs. Every function runs on a connection that acts as that user."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from datetime import datetime
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 from psycopg.rows import class_row, dict_row, scalar_row, tuple_row
@@ -36,6 +37,7 @@ from jobs.sql import JOBS
 Connection = psycopg.AsyncConnection[Any]
 
 MAX_LIST = 100
+REPEATS_WITHIN = timedelta(minutes=10)
 MAX_BATCH = 100
 OVER_LIMIT = "PT429"  # an SQLSTATE; PostgREST answers 429 for it
 
@@ -168,6 +170,61 @@ def _limit_reached(said: psycopg.errors.Diagnostic) -> LimitReached:
     text = ". ".join(filter(None, (said.message_primary, said.message_hint)))
     detail = json.loads(said.message_detail or "{}")
     return LimitReached(text, limit=said.column_name, retry_after=detail.get("retry_after", 60))
+
+
+@dataclass(frozen=True, slots=True)
+class Repeatable:
+    """What says whether a request was made before: its ``fingerprint``, in hexadecimal.
+
+    ``key`` is the caller's own name for the request. Without one, ``is_repeat`` says that the
+    caller has made this request before and lost the answer.
+    """
+
+    fingerprint: str
+    key: str | None = None
+    is_repeat: bool = False
+
+
+async def submit_once(
+    conn: Connection, file_path: str, options: dict[str, Any], request: Repeatable
+) -> tuple[UUID, bool]:
+    """Insert a job, unless the request was made before; return its id and whether it is new.
+
+    Two requests with one key are one, however their job ended; a key with another fingerprint is
+    ``InvalidInput``. A repeat without a key belongs to the newest job of the same fingerprint that
+    runs, or has completed within ``REPEATS_WITHIN``; what failed is tried again. Simultaneous
+    requests wait for each other. Raises what ``submit`` raises.
+    """
+    if request.key is None:
+        prefix, suffix = f"v1r{request.fingerprint[:64]}", uuid4().hex
+    else:
+        digest = hashlib.sha256(request.key.encode(errors="surrogatepass")).hexdigest()
+        prefix, suffix = f"v1k{digest}", request.fingerprint[:64]
+    values = {"prefix": prefix, "ended_within": None if request.key else REPEATS_WITHIN}
+    await conn.execute(JOBS["lock_requests"], values)
+    if request.key is not None or request.is_repeat:
+        found = await (await conn.execute(JOBS["find_request"], values)).fetchone()
+        if found is not None:
+            _check_fingerprint(request, found[1] == prefix + suffix)
+            return found[0], False
+    return await submit(conn, file_path, options, idempotency_key=prefix + suffix), True
+
+
+def _check_fingerprint(request: Repeatable, is_same: bool) -> None:  # noqa: FBT001
+    if request.key is not None and not is_same:
+        raise InvalidInput(
+            "Idempotency-Key: was used for another file or with other options; "
+            "send what was sent first, or use another key",
+            field="Idempotency-Key",
+        )
+
+
+async def status(conn: Connection, job_id: UUID) -> tuple[JobStatus, float]:
+    """Return a job's status and progress, from 0 to 1. Raises ``JobNotFound``."""
+    row = await (await conn.execute(JOBS["status"], {"id": job_id})).fetchone()
+    if row is None:
+        raise JobNotFound
+    return JobStatus(row[0]), row[1]
 
 
 async def get(conn: Connection, job_id: UUID) -> ProcessingJob:

@@ -219,6 +219,17 @@ class Settings(TokenSettings, CallSettings):
         1800, description="Longest that fetching audio by its URL may take, in seconds."
     )
 
+    openai_model: str = Field(
+        "base",
+        description="Model that stands for OpenAI's own (whisper-1, gpt-4o-transcribe, …) in the "
+        "OpenAI-compatible API.",
+    )
+    openai_wait: PositiveInt = Field(
+        3600,
+        description="Seconds that a request to the OpenAI-compatible API waits for its job, which "
+        "goes on without it.",
+    )
+
     engine: Literal["faster-whisper", "openai-whisper"] = Field(
         "faster-whisper", description="Engine that local transcriptions run on."
     )

@@ -17,12 +17,23 @@ from jobs.storage.choose import make_storage
 from web import endpoints, openapi, problems
 from web.auth import Authenticator
 from web.middleware import middleware
-from web.routes import docs, jobs, uploads
+from web.openai_errors import in_openai_form
+from web.routes import docs, jobs, openai, transcripts, uploads
 
-TAGS = {"Jobs": "Transcription jobs.", "Audio": "Recordings in storage."}
+TAGS = {
+    "Jobs": "Transcription jobs.",
+    "Transcripts": "What was said, as text and as subtitles.",
+    "Audio": "Recordings in storage.",
+    "OpenAI-compatible": "Transcriptions as OpenAI's API has them: change `base_url`, no more.",
+}
 
 # In the order in which they are matched.
-ENDPOINTS = [*jobs.endpoint.all, *uploads.endpoint.all]
+ENDPOINTS = [
+    *jobs.endpoint.all,
+    *transcripts.endpoint.all,
+    *uploads.endpoint.all,
+    *openai.endpoint.all,
+]
 
 
 async def healthz(_: Request) -> Response:
@@ -45,11 +56,11 @@ def create_app(settings: Settings) -> Starlette:
             *endpoints.routes(ENDPOINTS),
         ],
         exception_handlers={
-            PgscribeError: problems.on_pgscribe_error,
-            HTTPException: problems.on_http_exception,
-            ClientDisconnect: problems.on_disconnect,
-            psycopg.OperationalError: problems.on_database_away,
-            Exception: problems.on_unexpected_error,
+            PgscribeError: in_openai_form(problems.on_pgscribe_error),
+            HTTPException: in_openai_form(problems.on_http_exception),
+            ClientDisconnect: in_openai_form(problems.on_disconnect),
+            psycopg.OperationalError: in_openai_form(problems.on_database_away),
+            Exception: in_openai_form(problems.on_unexpected_error),
         },
         middleware=middleware(settings),
         lifespan=lifespan,

@@ -49,6 +49,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class ErrorForm:
+    """What the errors of some endpoints look like, where that is not problem details."""
+
+    model: type[BaseModel]
+    media_type: str
+    statuses: Mapping[HTTPStatus, HTTPStatus]  # those of problem details that have others
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """What a request to ``method`` ``path`` needs, and how it may be answered."""
 
@@ -64,6 +73,7 @@ class Endpoint:
     takes: Mapping[str, Any]
     #: Media type and model of a body that the handler reads by itself, for the documentation.
     raw_body: Mapping[str, type[BaseModel] | None]
+    error_form: ErrorForm | None = None
 
     @property
     def path_parameters(self) -> list[str]:
@@ -96,8 +106,9 @@ class Endpoint:
 class Endpoints:
     """The endpoints of one module, in the order in which they are matched."""
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, *, error_form: ErrorForm | None = None) -> None:
         self._tag = tag
+        self._error_form = error_form
         self.all: list[Endpoint] = []
 
     def __call__(  # noqa: PLR0913 - a declaration, by name
@@ -123,7 +134,7 @@ class Endpoints:
                 Endpoint(
                     method, path, handler, self._tag, scope, answers,
                     frozenset(problems) | _usual_problems(path, takes, raw_body), max_body, takes,
-                    raw_body or {},
+                    raw_body or {}, self._error_form,
                 )
             )  # fmt: skip
             return handler

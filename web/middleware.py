@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs.errors import BodyTooLarge
 from jobs.settings import Settings
 from web.auth import USER_HEADER
+from web.openai_errors import in_openai_form
 from web.problems import on_unexpected_error
 
 REQUEST_ID = "X-Request-ID"
@@ -35,6 +36,10 @@ _HEADERS = {
 _HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=31536000"}
 
 # What pages of other origins may send and read, beside what they always may.
+# The last ones are what OpenAI's package for JavaScript sends.
+_STAINLESS = (
+    "Arch", "Lang", "OS", "Package-Version", "Retry-Count", "Runtime", "Runtime-Version", "Timeout",
+)  # fmt: skip
 _REQUEST_HEADERS = (
     "Authorization",
     "Idempotency-Key",
@@ -43,10 +48,15 @@ _REQUEST_HEADERS = (
     "Range",
     REQUEST_ID,
     USER_HEADER,
+    *(f"X-Stainless-{name}" for name in _STAINLESS),
 )
 _ANSWER_HEADERS = (
+    "Content-Disposition",
     "Content-Range",
+    "ETag",
     "Location",
+    "Pgscribe-Job-Id",
+    "Pgscribe-Partial",
     "RateLimit",
     "RateLimit-Policy",
     "Retry-After",
@@ -167,7 +177,8 @@ class LastResort:
         except Exception as exc:
             if started:
                 raise
-            response = await on_unexpected_error(Request(scope), exc)
+            answer = in_openai_form(on_unexpected_error)
+            response = await answer(Request(scope), exc)
             await response(scope, receive, send)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from jobs import __version__
-from web.endpoints import Answer, Endpoint
+from web.endpoints import Answer, Endpoint, ErrorForm
 from web.problems import Problem
 
 _REF = "#/components/schemas/{model}"
@@ -116,16 +117,23 @@ def _media(model: type[BaseModel] | None, mode: JsonSchemaMode, models: _Models)
 
 def _responses(endpoint: Endpoint, models: _Models) -> dict[str, Any]:
     answers = {s: _response(answer, models) for s, answer in endpoint.answers.items()}
-    problem = {"application/problem+json": _media(Problem, "serialization", models)}
-    problems = {s: {"description": s.phrase, "content": problem} for s in endpoint.problems}
+    problems = _problems(endpoint, models)
     return {str(s.value): response for s, response in sorted((answers | problems).items())}
+
+
+def _problems(endpoint: Endpoint, models: _Models) -> dict[HTTPStatus, dict[str, Any]]:
+    form = endpoint.error_form or ErrorForm(Problem, "application/problem+json", {})
+    content = {form.media_type: _media(form.model, "serialization", models)}
+    statuses = {form.statuses.get(status, status) for status in endpoint.problems}
+    return {s: {"description": s.phrase, "content": content} for s in statuses}
 
 
 def _response(answer: Answer, models: _Models) -> dict[str, Any]:
     response: dict[str, Any] = {"description": answer.description}
     if answer.media_types:
         response["content"] = {
-            media: _media(answer.model, "serialization", models) for media in answer.media_types
+            media: _media(answer.model if "json" in media else None, "serialization", models)
+            for media in answer.media_types
         }
     if answer.headers:
         response["headers"] = {

@@ -52,6 +52,22 @@ select id, created_at, file_path, language, audio_seconds, hits
 -- get --
 select * from public.processing_jobs where id = %(id)s
 
+-- status --
+select status, progress from public.processing_jobs where id = %(id)s
+
+-- lock_requests --
+-- Until the end of the transaction, others with this kind of request wait.
+select pg_advisory_xact_lock(hashtextextended('pgscribe.requests ' || auth.uid()::text || %(prefix)s, 0))
+
+-- find_request --
+-- By index, and exactly, in any collation: prefixes are of small letters and digits, and what follows is hexadecimal.
+select id, idempotency_key from public.processing_jobs
+ where user_id = auth.uid() and idempotency_key >= %(prefix)s and idempotency_key < %(prefix)s || 'z'
+   and starts_with(idempotency_key, %(prefix)s)
+   and (%(ended_within)s::interval is null or completed_at is null
+        or status = 'completed' and completed_at > now() - %(ended_within)s::interval)
+ order by created_at desc, id limit 1
+
 -- list --
 select id, created_at, updated_at, scheduled_at, started_at, completed_at, user_id, job_id,
        file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, due_at,

@@ -68,7 +68,7 @@ async def prepare_upload(request: Request, user: Principal, body: UploadRequest)
 
     Then upload it there, and name its `filePath` in `POST /process`.
     """
-    file_path = _new_path(request, user, body.name)
+    file_path = new_path(request, user, body.name)
     storage: Storage = request.app.state.storage
     ticket = await storage.sign_upload(
         file_path,
@@ -87,7 +87,8 @@ async def prepare_upload(request: Request, user: Principal, body: UploadRequest)
     return JSONResponse(upload.model_dump(mode="json", by_alias=True), CREATED)
 
 
-def _new_path(request: Request, user: Principal, name: str) -> str:
+def new_path(request: Request, user: Principal, name: str) -> str:
+    """Return where a user's new file goes. Raises ``InvalidInput`` for an unusable name."""
     check_name(name)
     if request.app.state.settings.storage == "supabase":  # which takes no other names
         plain = unicodedata.normalize("NFKD", name)
@@ -169,7 +170,7 @@ async def upload(request: Request, user: Principal, name: str) -> Response:
 
     The short way, for `curl -T`; browsers and large files ask `POST /uploads` for a link.
     """
-    file_path = _new_path(request, user, name)
+    file_path = new_path(request, user, name)
     _check_announced_size(request, request.app.state.settings.max_upload_bytes)
     storage: Storage = request.app.state.storage
     return _stored(file_path, await storage.save(file_path, request.stream()))
