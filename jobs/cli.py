@@ -121,21 +121,14 @@ def dev(port: int) -> None:
 @_friendly
 def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     """Serve the REST API."""
-    import uvicorn
-
     from jobs.settings import Settings
+    from web import server
     from web.app import create_app
 
     _setup_logging()
     if stop_with_stdin:
         _stop_with_stdin()
-    uvicorn.run(
-        create_app(Settings.load()),
-        host=host,
-        port=port,
-        log_config=None,
-        timeout_graceful_shutdown=5,
-    )
+    server.run(create_app(Settings.load()), host=host, port=port)
 
 
 @main.command()

@@ -16,7 +16,8 @@ from jobs.settings import Settings
 from jobs.storage.local import LocalStorage
 from web import problems
 from web.auth import TokenVerifier
-from web.routes import jobs, uploads
+from web.events import EventHub
+from web.routes import events, jobs, uploads
 
 
 async def healthz(_: Request) -> Response:
@@ -29,11 +30,11 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with app.state.pool:
+        async with app.state.pool, app.state.events:
             yield
 
     app = Starlette(
-        routes=[Route("/healthz", healthz), *jobs.routes, *uploads.routes],
+        routes=[Route("/healthz", healthz), *events.routes, *jobs.routes, *uploads.routes],
         exception_handlers={
             PgscribeError: problems.on_pgscribe_error,
             HTTPException: problems.on_http_exception,
@@ -46,5 +47,6 @@ def create_app(settings: Settings) -> Starlette:
     app.state.settings = settings
     app.state.verifier = TokenVerifier(settings)
     app.state.storage = LocalStorage(settings.storage_dir, max_bytes=settings.max_upload_bytes)
+    app.state.events = EventHub(settings)
     app.state.pool = database.make_pool(settings, name="web")
     return app

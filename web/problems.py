@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problem details: a stable code, a message for people, the field to blame."""
 
 import logging
+import math
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -20,6 +21,8 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.JobConflict: HTTPStatus.CONFLICT,
     errors.DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
+    errors.TooManyStreams: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.ServerBusy: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 
@@ -39,7 +42,10 @@ async def on_pgscribe_error(_: Request, exc: Exception) -> Response:
     status = _STATUS.get(type(exc))
     if status is None:
         return await on_unexpected_error(_, exc)
-    return problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    response = problem(status, exc.code, str(exc), field=getattr(exc, "field", None))
+    if exc.retry_after is not None:
+        response.headers["Retry-After"] = str(math.ceil(exc.retry_after))
+    return response
 
 
 async def on_database_away(_: Request, exc: Exception) -> Response:
