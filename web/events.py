@@ -455,6 +455,11 @@ class EventHub:
 
     # Streams
 
+    @property
+    def streams(self) -> int:
+        """How many are open."""
+        return self._streams.total()
+
     async def listen(
         self, claims: Mapping[str, Any], *, job_id: UUID | None = None, last_event_id: str = ""
     ) -> Listener:
@@ -495,7 +500,7 @@ class EventHub:
                 f"You have {self._max_per_owner} streams of events open, which is the limit; "
                 "close one, or follow all jobs with one at /jobs/events"
             )
-        if self._stopped or self._streams.total() >= self._max_streams:
+        if self._stopped or self.streams >= self._max_streams:
             raise ServerBusy
 
     def _add(self, owner: UUID, claims: Mapping[str, Any], job_id: UUID | None) -> Listener:
@@ -731,7 +736,7 @@ class EventHub:
                 self._drop(looks[0].audience)
                 return
         else:
-            for look, answer in zip(looks, row["found"], strict=True):
+            for look, answer in zip(looks, row["answers"], strict=True):
                 look.tell(answer, row["now"])
             self._reached = row["now"]
             return

@@ -18,12 +18,14 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx passes on at once what comes
 }
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+# JSON escapes the others. These end no line of an event, but Python's splitlines ends one there.
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 
 
 def encode(event: str, data: Mapping[str, Any], *, position: str | None = None) -> bytes:
-    """Return an event as bytes. JSON has no line breaks, so its data is one line."""
+    """Return an event as bytes, its data on one line, whatever a client takes for a line's end."""
     line = f"id: {position}\n" if position else ""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).translate(_LINE_ENDS)
     return f"{line}event: {event}\ndata: {text}\n\n".encode(errors="replace")
 
 
@@ -41,15 +43,11 @@ class EventStream:
     """The response that sends what ``source`` has, until that or the client has had enough.
 
     A task of its own, besides the request's, notices that the client is gone: a server tells that
-    to who receives. A client that does not read is given up after ``patience`` seconds.
+    to who receives. A client that does not read is given up after ``PATIENCE`` seconds.
     """
 
-    def __init__(
-        self, source: Source, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
-    ) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
-        self._heartbeat = heartbeat
-        self._patience = patience
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         """Stream."""
@@ -73,11 +71,11 @@ class EventStream:
     async def _stream(self, send: Send) -> None:
         body = f"retry: {RETRY}\n\n".encode()
         while True:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(PATIENCE):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-            following = await self._source.next(self._heartbeat)
+            following = await self._source.next(HEARTBEAT)
             if following is None:
                 break
             body = following or b":\n\n"
-        async with asyncio.timeout(self._patience):
+        async with asyncio.timeout(PATIENCE):
             await send({"type": "http.response.body", "body": b"", "more_body": False})

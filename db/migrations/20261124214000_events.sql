@@ -85,7 +85,7 @@ create trigger announce_deleted after delete on public.processing_jobs
 
 -- Every look is made as the user who gets to see it, with that user's own claims: row level security decides, and no
 -- notification can show anybody what they may not read. Many users' looks are one call.
-create function pgscribe.look(lookups jsonb, out now bigint, out found json)
+create function pgscribe.look(lookups jsonb, out now bigint, out answers json)
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
   lookup jsonb;
@@ -94,7 +94,7 @@ declare
   newest uuid[];
   jobs json;
   texts json;
-  answers json[] := '{}';
+  each json[] := '{}';
 begin
   look.now := extract(epoch from clock_timestamp()) * 1000000;
   for lookup in select * from jsonb_array_elements(lookups) loop
@@ -136,9 +136,9 @@ begin
                   select coalesce(min(o.index) filter (where o.completed_at is null), count(*))::integer as ready, count(*)::integer as chunks
                     from public.processing_job_chunks o where o.job_id = (x ->> 'job')::uuid) c) r) t;
     end if;
-    answers := answers || json_build_object('running', running, 'jobs', jobs, 'texts', texts);
+    each := each || json_build_object('running', running, 'jobs', jobs, 'texts', texts);
   end loop;
-  found := array_to_json(answers);
+  answers := array_to_json(each);
 end $$;
 comment on function pgscribe.look is
   'Reads jobs and their partial text for several users, as each of them: {"claims", "owner", "jobs": ids, "list": also what runs and the newest 100, "texts": [{"job", "known": chunks, "mark"}]}. Returns an answer for each, in order, and the time in microseconds before it looked.';

@@ -8,7 +8,7 @@ select now from pgscribe.watch(%(hub)s, %(owners)s, %(complete)s, %(echo_channel
 select pgscribe.unwatch(%(hub)s)
 
 -- look --
-select now, found from pgscribe.look(%(lookups)s)
+select now, answers from pgscribe.look(%(lookups)s)
 
 -- ended_since --
 select found from pgscribe.ended_since(%(owners)s, %(since)s, %(most)s)
