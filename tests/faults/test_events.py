@@ -98,6 +98,7 @@ def test_a_connection_that_fails_in_silence_is_replaced(
     work: Work,
     user: UUID,
     fault: str,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("web.events.BEAT", 2.0)
@@ -107,11 +108,7 @@ def test_a_connection_that_fails_in_silence_is_replaced(
         site.hub._connection.call_timeout = 1.0  # noqa: SLF001 - 10 s would do as well
         getattr(proxy, fault)()
         work.start(job)
-        if fault != "cut":
-            until(
-                lambda: site.hub._connection._conn is None or site.hub._connection._conn.closed,
-                "given up",
-            )  # noqa: SLF001
+        until(lambda: "does not answer streams" in caplog.text or fault == "cut", "it is given up")
         proxy.heal()
         stream.expect("job", status="processing")
         work.complete(job)
