@@ -129,9 +129,8 @@ def dev(port: int) -> None:
 @_friendly
 def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     """Serve the REST API."""
-    import uvicorn
-
     from jobs.settings import Settings
+    from web import server
     from web.access_log import hide_links
     from web.app import create_app
     from web.middleware import log_request_ids
@@ -142,16 +141,7 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         _stop_with_stdin()
     settings = Settings.load()
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        log_config=None,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    server.run(create_app(settings), host=host, port=port, trusted_proxies=settings.trusted_proxies)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""A worker's connection to Postgres: calls and notifications on one, replaced when it fails."""
+"""A connection to Postgres for calls and notifications, replaced when it fails."""
 
 import asyncio
 import contextlib
@@ -43,15 +43,15 @@ class _Statement:
 
     @classmethod
     @functools.cache
-    def named(cls, name: str) -> Self:
-        """Return one of ``jobs/sql/queue.sql``."""
+    def of(cls, query: bytes) -> Self:
+        """Return a named query as a statement."""
         parameters: list[str] = []
 
         def number(match: re.Match[bytes]) -> bytes:
             parameters.append(match[1].decode())
             return b"$%d" % len(parameters)
 
-        query = _PLACEHOLDER.sub(number, QUEUE[name])
+        query = _PLACEHOLDER.sub(number, query)
         return cls(b"select to_json(r) from (" + query + b") r", tuple(parameters))
 
     def arguments(self, values: Mapping[str, Any]) -> list[bytes | None]:
@@ -77,8 +77,9 @@ class QueueConnection:
     notification to ``echo_channel`` and call ``check_echo`` some time later.
     """
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, queries: Mapping[str, bytes] = QUEUE) -> None:
         self._connect = connect
+        self._queries = queries
         self._conn: Connection | None = None
         self._channels: Sequence[str] = ()
         self._on_notify: Callable[[str, str], None] = lambda _channel, _payload: None
@@ -109,7 +110,7 @@ class QueueConnection:
         self._on_loss = on_loss
 
     async def call(self, query: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Execute one of ``jobs/sql/queue.sql`` and return its row, as JSON has it.
+        """Execute one of the queries and return its row, as JSON has it.
 
         Raises what psycopg raises, and ``TimeoutError`` where no connection could be opened.
         """
@@ -119,6 +120,11 @@ class QueueConnection:
         with self._calling(self._conn):
             row: dict[str, Any] = await self._execute(self._conn, query, values)
         return row
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, as far as anybody knows."""
+        return self._conn is not None and not self._conn.closed
 
     async def close(self) -> None:
         """Close the connection. A later call opens another one."""
@@ -160,7 +166,7 @@ class QueueConnection:
                 self._start_reading(conn)
 
     async def _execute(self, conn: Connection, name: str, values: Mapping[str, Any]) -> Any:
-        statement = _Statement.named(name)
+        statement = _Statement.of(self._queries[name])
         arguments = statement.arguments(values)
         # A pooler that passes notifications on keeps prepared statements, too.
         if not self.hears:

@@ -224,6 +224,20 @@ class RequestInFlight(PgscribeError):
     retry_after = 1.0
 
 
+class TooManyStreams(PgscribeError):
+    """You have as many streams of events open as you may; close one, or try again later."""
+
+    code = "too_many_streams"
+    retry_after = 10.0
+
+
+class ServerBusy(PgscribeError):
+    """This server has as many streams of events open as it takes; try again in a moment."""
+
+    code = "server_busy"
+    retry_after = 5.0
+
+
 class TranscriptionFailed(PgscribeError):
     """The transcription function reported an error: its code and message are passed on.
 

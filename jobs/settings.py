@@ -230,6 +230,13 @@ class Settings(TokenSettings, CallSettings):
         "goes on without it.",
     )
 
+    max_streams: PositiveInt = Field(
+        2000, description="Streams of events that a web server has open at a time, at most."
+    )
+    max_streams_per_user: PositiveInt = Field(
+        20, description="Streams of events that a user has open at a time on one web server."
+    )
+
     engine: Literal["faster-whisper", "openai-whisper"] = Field(
         "faster-whisper", description="Engine that local transcriptions run on."
     )

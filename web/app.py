@@ -16,12 +16,14 @@ from jobs.settings import Settings
 from jobs.storage.choose import make_storage
 from web import endpoints, openapi, problems
 from web.auth import Authenticator
+from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
-from web.routes import docs, jobs, openai, transcripts, uploads
+from web.routes import docs, events, jobs, openai, transcripts, uploads
 
 TAGS = {
     "Jobs": "Transcription jobs.",
+    "Live": "What happens to jobs, as server-sent events.",
     "Transcripts": "What was said, as text and as subtitles.",
     "Audio": "Recordings in storage.",
     "OpenAI-compatible": "Transcriptions as OpenAI's API has them: change `base_url`, no more.",
@@ -29,6 +31,7 @@ TAGS = {
 
 # In the order in which they are matched.
 ENDPOINTS = [
+    *events.endpoint.all,
     *jobs.endpoint.all,
     *transcripts.endpoint.all,
     *uploads.endpoint.all,
@@ -46,7 +49,8 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with app.state.pool, aclosing(app.state.authenticator), aclosing(app.state.storage):
+        state = app.state
+        async with state.pool, aclosing(state.authenticator), aclosing(state.storage), state.events:
             yield
 
     app = Starlette(
@@ -66,6 +70,7 @@ def create_app(settings: Settings) -> Starlette:
         lifespan=lifespan,
     )
     app.state.settings = settings
+    app.state.events = EventHub(settings)
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
     app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")

@@ -22,8 +22,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from jobs.errors import InvalidInput, JobNotFound
 from web.auth import Principal, Scope, authenticate, require
@@ -31,7 +31,7 @@ from web.middleware import allow_body
 
 MAX_BODY = 64 * 1024  # bytes of JSON, unless an endpoint says otherwise
 
-Handler = Callable[..., Awaitable[Response]]
+Handler = Callable[..., Awaitable[ASGIApp]]  # a response, or what else answers as one
 HandlerT = TypeVar("HandlerT", bound=Handler)
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -84,7 +84,7 @@ class Endpoint:
         """Return the model of ``query``, ``headers`` or ``body``, if the endpoint takes that."""
         return self.takes.get(name)
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request) -> ASGIApp:
         """Answer a request. Raises what ``web.problems`` answers."""
         arguments: dict[str, Any] = {}
         allow_body(request, self.max_body)
@@ -150,8 +150,8 @@ def routes(endpoints: Iterable[Endpoint]) -> list[Route]:
     return [Route(path, _respond(by), methods=list(by)) for path, by in paths.items()]
 
 
-def _respond(by_method: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
-    async def respond(request: Request) -> Response:
+def _respond(by_method: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[ASGIApp]]:
+    async def respond(request: Request) -> ASGIApp:
         method = "GET" if request.method == "HEAD" else request.method
         return await by_method[method].respond(request)
 

@@ -35,6 +35,8 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.StorageUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.UrlRefused: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.UrlUnavailable: HTTPStatus.BAD_GATEWAY,
+    errors.TooManyStreams: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.ServerBusy: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 

@@ -1,0 +1,65 @@
+"""The web server: uvicorn, and what streams that stay open need of it."""
+
+import contextlib
+import resource
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+import uvicorn
+from starlette.applications import Starlette
+
+GRACE = 5  # seconds that requests get to end when the server stops
+UNREAD = 60_000  # milliseconds after which a client that takes nothing in is cut off
+
+
+class Server(uvicorn.Server):
+    """Calls ``on_stop`` when it begins to stop, and cuts off clients that never read."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. Connections have their time-out from the socket that they come by."""
+        await super().startup(sockets)
+        # Without it the kernel would ask a client that has stopped reading for ever.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            for listening in (found for server in self.servers for found in server.sockets):
+                with contextlib.suppress(OSError):
+                    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop: streams have to end before their connections do."""
+        self._on_stop()
+        await super().shutdown(sockets)
+
+
+def run(app: Starlette, *, host: str, port: int, trusted_proxies: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT. Exits with status 3 where it can't start.
+
+    ``trusted_proxies``: addresses whose word counts on where a request came from.
+    """
+    _allow_many_connections()
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_config=None,
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies),
+        server_header=False,
+        timeout_graceful_shutdown=GRACE,
+    )
+    server = Server(config, on_stop=app.state.events.end_streams)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(3)
+
+
+def _allow_many_connections() -> None:
+    """Open as many files as this process may: each stream is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
