@@ -147,6 +147,9 @@ class Work:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def allow_many_jobs(self) -> None:
+        self.execute("select limit_owners(max_queued => 1000000)")
+
     def close(self) -> None:
         if self._conn is not None:
             self._conn.close()

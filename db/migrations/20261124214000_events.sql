@@ -58,6 +58,8 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   if not exists (select from pgscribe.watched_owners) then
     return null;
+  elsif not exists (select from changed n where exists (select from pgscribe.watched_owners w where w.owner_id = n.user_id)) then
+    return null;
   end if;
   perform pg_notify('pgscribe_events', json_build_object('owner', m.user_id, 'jobs', m.jobs)::text)
     from (

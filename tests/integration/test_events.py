@@ -314,6 +314,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_given_up(
     site: Site, work: Work, user: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse, "PATIENCE", 1.0)
+    work.allow_many_jobs()
     with slow_client(site, user), site.open("/jobs/events", user) as stream:
         stream.expect("snapshot")
         until(lambda: site.hub.streams == 2, "both are there")
