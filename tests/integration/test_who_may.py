@@ -1,0 +1,204 @@
+"""Every route, asked by everybody: who gets what."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx2
+import jwt
+import psycopg
+import pytest
+
+from db.embedded import EmbeddedPostgres
+from jobs import keys
+from jobs.scopes import Scope
+from jobs.settings import Settings
+from tests.conftest import TEMPLATE
+from tests.live import serve
+from web.app import ENDPOINTS, create_app
+from web.auth import issue_token
+
+USER = "Pgscribe-User"
+
+
+@dataclass
+class Site:
+    """A server with two users and a job of the owner's whose audio is in storage."""
+
+    http: httpx2.Client
+    conn: psycopg.Connection
+    settings: Settings
+    owner: UUID
+    other: UUID
+    storage: Path
+
+    def new_job(self) -> UUID:
+        """Insert a job of the owner's, and cancel it."""
+        path = f"{self.owner}/{uuid4()}.mp3"
+        row = self.conn.execute(
+            "insert into processing_jobs (user_id, file_path) values (%s, %s) returning id",
+            (self.owner, path),
+        ).fetchone()
+        assert row is not None
+        self.conn.execute("select cancel_processing_job(%s)", row)
+        (self.storage / str(self.owner)).mkdir(parents=True, exist_ok=True)
+        (self.storage / path).write_bytes(b"sound")
+        job_id: UUID = row[0]
+        return job_id
+
+    def token(self, user: UUID, **claims: Any) -> dict[str, str]:
+        """Return the header with a token of a user's, as changed by ``claims``."""
+        signed = issue_token(self.settings, user, lifetime=600)
+        known = jwt.decode(signed, options={"verify_signature": False})
+        secret = self.settings.require_jwt_secret()
+        return bearer(jwt.encode(known | claims, secret, "HS256"))
+
+    def key(self, user: UUID | None, *scopes: Scope) -> dict[str, str]:
+        """Return the header with a new key."""
+        _, secret = keys.create(self.conn, "test", user_id=user, scopes=scopes or tuple(Scope))
+        return bearer(secret)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+@pytest.fixture(scope="module")
+def site(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("who_may")
+    postgres.create_database("who_may", template=TEMPLATE)
+    url = postgres.url(database="who_may")
+    settings = Settings.load(
+        database_url=url,
+        jwt_secret="a secret of thirty-two characters or more",
+        storage_dir=folder / "storage",
+        rate_limit=0,
+        failed_rate_limit=0,
+        openai_wait=1,
+    )
+    owner, other = uuid4(), uuid4()
+    with psycopg.connect(url, autocommit=True) as conn, serve(create_app(settings)) as base:
+        conn.execute("insert into auth.users (id) values (%s), (%s)", (owner, other))
+        with httpx2.Client(base_url=base, timeout=30) as http:
+            yield Site(http, conn, settings, owner, other, folder / "storage")
+    postgres.drop_database("who_may")
+
+
+@dataclass
+class Ask:
+    """A request for a route, and what it is answered with for those who may."""
+
+    path: str
+    good: int  # for the owner
+    stranger: int  # for another user who is signed in
+    scope: Scope | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def asks(site: Site) -> dict[tuple[str, str], Ask]:
+    """Return a request for each route that asks who one is."""
+    job = f"/jobs/{site.new_job()}"
+    submission = {"filePath": f"{site.owner}/a.mp3"}
+    file = {"files": {"file": ("a.mp3", b"sound")}, "data": {"model": "whisper-1"}}
+    read, write = Scope.JOBS_READ, Scope.JOBS_WRITE
+    return {
+        ("GET", "/jobs/events"): Ask("/jobs/events", 200, 200, read),
+        ("GET", "/jobs/{job_id}/events"): Ask(f"{job}/events", 200, 404, read),
+        ("POST", "/process"): Ask("/process", 202, 403, write, {"json": submission}),
+        ("POST", "/process/batch"): Ask(
+            "/process/batch", 202, 403, write, {"json": {"jobs": [submission]}}
+        ),
+        ("GET", "/jobs"): Ask("/jobs", 200, 200, read),
+        ("GET", "/jobs/{job_id}"): Ask(job, 200, 404, read),
+        ("POST", "/jobs/{job_id}/cancel"): Ask(f"{job}/cancel", 200, 404, write),
+        ("POST", "/jobs/{job_id}/retry"): Ask(f"{job}/retry", 200, 404, write),
+        ("DELETE", "/jobs/{job_id}"): Ask(job, 204, 404, write),
+        ("GET", "/search"): Ask("/search?q=word", 200, 200, read),
+        ("GET", "/limits"): Ask("/limits", 200, 200, read),
+        ("GET", "/jobs/{job_id}/transcript"): Ask(f"{job}/transcript", 409, 404, read),
+        ("GET", "/jobs/{job_id}/transcript.{extension}"): Ask(
+            f"{job}/transcript.srt", 409, 404, read
+        ),
+        ("POST", "/uploads"): Ask(
+            "/uploads", 201, 201, Scope.AUDIO_WRITE, {"json": {"name": "a.mp3", "size": 5}}
+        ),
+        ("PUT", "/uploads/{name:path}"): Ask(
+            "/uploads/a.mp3", 201, 201, Scope.AUDIO_WRITE, {"content": b"sound"}
+        ),
+        ("GET", "/jobs/{job_id}/audio"): Ask(f"{job}/audio", 307, 404, Scope.AUDIO_READ),
+        # Nobody works on it, so that the wait ends by its limit.
+        ("POST", "/v1/audio/transcriptions"): Ask(
+            "/v1/audio/transcriptions", 504, 504, write, file
+        ),
+        ("POST", "/v1/audio/translations"): Ask("/v1/audio/translations", 504, 504, write, file),
+        ("GET", "/v1/models"): Ask("/v1/models", 200, 200, None),
+        ("GET", "/v1/models/{model:path}"): Ask("/v1/models/whisper-1", 200, 200, None),
+    }
+
+
+ROUTES = [(e.method, e.path) for e in ENDPOINTS if "user" in e.takes]
+
+
+def answer(site: Site, method: str, ask: Ask, headers: dict[str, str]) -> int:
+    """Return the status; a stream is not read to its end."""
+    with site.http.stream(method, ask.path, headers=headers, **ask.arguments) as response:
+        if response.status_code == 401:
+            assert response.headers["www-authenticate"].startswith("Bearer")
+        return response.status_code
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=" ".join)
+def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
+    ask = asks(site)[route]
+
+    def expect(status: int, headers: dict[str, str], who: str) -> None:
+        assert (who, answer(site, route[0], ask, headers)) == (who, status)
+
+    invalid = 400 if route[1].startswith("/v1/") else 422
+    expect(401, {}, "nobody")
+    expect(401, bearer("x.y.z"), "a bad token")
+    expect(401, site.token(site.owner, exp=int(time.time()) - 60), "an expired token")
+    expect(401, site.token(site.owner, aud="elsewhere"), "a token for somebody else")
+    expect(403, site.token(site.owner, role="anon"), "the anon role")
+    expect(403, site.token(site.owner, role="service_role"), "the service role")
+    expect(401, bearer("pgs_0123"), "a bad key")
+    expect(ask.stranger, site.token(site.other), "another user")
+    expect(invalid, site.key(None), "a service that states nobody")
+    if ask.scope is not None:
+        others = [scope for scope in Scope if scope is not ask.scope]
+        expect(403, site.key(site.owner, *others), "a key without the scope")
+    expect(403, site.key(site.owner) | {USER: str(site.other)}, "a user's key for another")
+    expect(ask.stranger, site.key(None) | {USER: str(site.other)}, "a service for another user")
+    expect(ask.good, site.token(site.owner), "the owner")
+    ask = asks(site)[route]
+    expect(ask.good, site.key(site.owner), "the owner's key")
+    ask = asks(site)[route]
+    expect(ask.good, site.key(None) | {USER: str(site.owner)}, "a service for the owner")
+
+
+def test_the_others_are_open_to_all_or_take_a_link(site: Site) -> None:
+    open_routes = {(e.method, e.path) for e in ENDPOINTS} - set(ROUTES)
+    assert open_routes == {
+        ("PUT", "/uploads/signed/{token}"),
+        ("GET", "/audio/{token}"),
+    }
+    assert site.http.put("/uploads/signed/x", content=b"sound").status_code == 403
+    assert site.http.get("/audio/x").status_code == 403
+    for path in ("/healthz", "/openapi.json", "/docs"):
+        assert site.http.get(path).status_code == 200
+
+
+def test_a_token_is_no_link_and_a_link_no_token(site: Site) -> None:
+    token = issue_token(site.settings, site.owner, lifetime=600)
+    assert site.http.put(f"/uploads/signed/{token}", content=b"sound").status_code == 403
+    assert site.http.get(f"/audio/{token}").status_code == 403
+    body = {"name": "a.mp3", "size": 5}
+    ticket = site.http.post("/uploads", json=body, headers=site.token(site.owner)).json()
+    link = ticket["url"].rpartition("/")[2]
+    assert site.http.get("/jobs", headers=bearer(link)).status_code == 401
+    assert site.http.get(f"/audio/{link}").status_code == 403
+    assert site.http.put(ticket["url"], content=b"sound").status_code == 201
+    assert site.http.put(ticket["url"], content=b"other").status_code == 409
