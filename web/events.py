@@ -1,7 +1,7 @@
 """Who looks on at jobs is told of changes: one connection that listens, for all streams.
 
 A notification is a hint to look, since anybody may send one. What is sent to a stream was read from
-the tables as the stream's user, under row level security. docs/decisions/0004-events.md says more.
+the tables as the stream's user, under row level security. docs/decisions/0004-api.md says more.
 """
 
 import asyncio
