@@ -576,7 +576,7 @@ class _Following:
         for event in self.reader.feed(data):
             self.broken = 0
             if event.name == "end":  # of this stream: a token may have expired
-                self.over = self.seen is not None and self.seen.status.ended
+                self.over |= self.seen is not None and self.seen.status.ended
                 return True
             told = requests.job_event(self.job_id, event.name, event.data)
             if isinstance(told, requests.Partial):

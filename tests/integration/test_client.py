@@ -312,7 +312,7 @@ def test_wait_sees_a_job_through(client: JobClient, conn: psycopg.Connection, ta
     assert seen[2].note == "half"
 
 
-def test_follow_falls_back_to_polling(
+def test_follow_ends_with_the_deletion(
     client: JobClient, conn: psycopg.Connection, talk: str
 ) -> None:
     job_id = client.submit(talk)
