@@ -10,7 +10,8 @@ asks, over connections that stay open. All shares the machine's cores, so figure
 - rows_1m_ratio: the same mix of requests (get, list, list by status, submit) against a database
   with 1,000,000 jobs and one with 1,000, in turns: throughput of the first over the second. Both
   are served by a process of their own, and half of the jobs are the owner's who asks.
-- sse_listeners: from ``benchmarks.listeners``, connections that stay open and hear.
+- sse_listeners: streams of events that stay open on one process, and what else
+  ``benchmarks.listeners`` measures of them.
 
 Figures are medians of the rounds. The last line is one JSON object.
 """
@@ -35,6 +36,7 @@ from uuid import UUID
 import click
 import psycopg
 
+from benchmarks import listeners
 from db import migrate
 from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs.dev import free_port
@@ -293,9 +295,11 @@ def measure(rounds: int, requests: int, rows: int) -> dict[str, float]:
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--requests", default=2000, show_default=True, help="Of each kind, per round.")
 @click.option("--rows", default=MANY, show_default=True, help="Jobs in the large database.")
-def main(rounds: int, requests: int, rows: int) -> None:
+@click.option("--streams", default=1000, show_default=True, type=click.IntRange(10))
+def main(rounds: int, requests: int, rows: int, streams: int) -> None:
     """Measure the REST API and print one JSON object as the last line."""
     figures = measure(rounds, requests, rows)
+    figures |= listeners.measure_server(listeners=streams, users=200, samples=300)
     click.echo(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 

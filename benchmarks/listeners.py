@@ -219,12 +219,8 @@ async def measure(  # noqa: PLR0913 - each has a name
     }
 
 
-@click.command()
-@click.option("--listeners", default=1000, show_default=True, type=click.IntRange(10))
-@click.option("--users", default=200, show_default=True, type=click.IntRange(1))
-@click.option("--samples", default=300, show_default=True, type=click.IntRange(10))
-def main(listeners: int, users: int, samples: int) -> None:
-    """Measure streams of events."""
+def measure_server(*, listeners: int, users: int, samples: int) -> dict[str, float]:
+    """Return the figures of a server of its own, on a Postgres of its own."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as name:
@@ -238,14 +234,22 @@ def main(listeners: int, users: int, samples: int) -> None:
                 psycopg.connect(server.url(), autocommit=True) as conn,
                 web_server(server.url(), port, folder) as process,
             ):
-                figures = asyncio.run(
+                return asyncio.run(
                     measure(
                         conn, port, process.pid, listeners=listeners, users=users, samples=samples
                     )
                 )
         finally:
             server.remove()
-    click.echo(json.dumps(figures))
+
+
+@click.command()
+@click.option("--listeners", default=1000, show_default=True, type=click.IntRange(10))
+@click.option("--users", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--samples", default=300, show_default=True, type=click.IntRange(10))
+def main(listeners: int, users: int, samples: int) -> None:
+    """Measure streams of events."""
+    click.echo(json.dumps(measure_server(listeners=listeners, users=users, samples=samples)))
 
 
 if __name__ == "__main__":
