@@ -125,14 +125,17 @@ def check_size(size: int, limit: int) -> None:
     if size < 1:
         raise InvalidInput("size: must be the file's size in bytes, at least 1", field="size")
     if size > limit:
-        raise UploadTooLarge(f"size: the upload has {size} bytes; the limit is {limit}")
+        raise UploadTooLarge(
+            f"size: the upload has {size} bytes; the limit is {limit}", limit=limit
+        )
 
 
 def too_large(limit: int) -> UploadTooLarge:
     """Say that a stream went past the limit, in bytes."""
     return UploadTooLarge(
         f"The upload is larger than the limit of {limit} bytes; "
-        "send a compressed format such as mp3, m4a or opus"
+        "send a compressed format such as mp3, m4a or opus",
+        limit=limit,
     )
 
 

@@ -246,4 +246,6 @@ def test_uploads_above_the_limit_are_refused_before_they_are_sent(
     api: TestClient, headers: Headers
 ) -> None:
     body = {"name": "a.mp3", "size": 3 * 1024**3}
-    assert_problem(api.post("/uploads", json=body, headers=headers), 413, "upload_too_large")
+    response = api.post("/uploads", json=body, headers=headers)
+    assert_problem(response, 413, "upload_too_large")
+    assert response.json()["limit"] == 2 * 1024**3
