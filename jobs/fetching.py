@@ -87,7 +87,10 @@ async def resolve(host: str, port: int) -> Sequence[str]:
     """Return the addresses of a name. Raises ``UrlUnavailable``."""
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError as exc:
+        raise UrlUnavailable("its host's address was not found in time") from exc
     except (OSError, UnicodeError) as exc:
         unknown = isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME
         raise UrlUnavailable("its host is not found", retryable=not unknown) from exc

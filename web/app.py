@@ -20,6 +20,7 @@ from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.routes import docs, events, jobs, openai, transcripts, uploads
+from web.waiting import Waiters
 
 TAGS = {
     "Jobs": "Transcription jobs.",
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> Starlette:
     )
     app.state.settings = settings
     app.state.events = EventHub(settings)
+    app.state.waiters = Waiters()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
     app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")

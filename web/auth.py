@@ -35,6 +35,8 @@ MAX_TOKEN = 8 * 1024  # characters
 LEEWAY = 10  # seconds by which clocks may differ: exp, nbf and iat are read that generously
 USER_HEADER = "Pgscribe-User"
 KNOWN_KEYS = 1000
+# A stream that a key has opened ends then, and its client comes back: the key may be revoked.
+KEY_SECONDS = 300
 
 _BAD_KEY = "The API key is not valid: it is unknown, has expired or was revoked"
 
@@ -210,7 +212,12 @@ class Authenticator:
             raise InvalidToken(_BAD_KEY)
         self._remember(digest)
         user_id = _acted_for(key, stated)
-        claims = {"sub": str(user_id), "role": "authenticated", "pgscribe_key": str(key.id)}
+        claims = {
+            "sub": str(user_id),
+            "role": "authenticated",
+            "pgscribe_key": str(key.id),
+            "exp": int(time.time()) + KEY_SECONDS,
+        }
         scopes = frozenset(scope for scope in Scope if scope in key.scopes)
         return Principal(user_id, claims, f"key:{key.id}", scopes, key.id, key.requests_per_minute)
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from jobs import service, transcripts
 from jobs.database import as_user
+from jobs.errors import TooManyStreams
 from jobs.models import JobStatus, ProcessingJob
 from web.auth import Principal
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 1.0  # seconds between two looks
 _PATIENCE = 30.0  # seconds that the database may be away
+_LOOKS = 3  # at a time, so that those who wait leave connections to those who ask
+MOST = 100  # jobs that a user may wait for at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,30 @@ class JobUpdate:
     text: str = ""
 
 
+class Waiters:
+    """Who waits for jobs on this server, and how many of them look at one at a time."""
+
+    def __init__(self) -> None:
+        self.by_user: Counter[UUID] = Counter()
+        self.looks = asyncio.Semaphore(_LOOKS)
+
+    def check(self, user: Principal) -> None:
+        """Raise ``TooManyStreams`` if the user waits for as many jobs as they may."""
+        if self.by_user[user.user_id] >= MOST:
+            raise TooManyStreams(f"You wait for {MOST} jobs already; submit them by POST /process")
+
+    @contextmanager
+    def waiting(self, user: Principal) -> Iterator[None]:
+        """Count the user as one who waits."""
+        self.by_user[user.user_id] += 1
+        try:
+            yield
+        finally:
+            self.by_user[user.user_id] -= 1
+            if not self.by_user[user.user_id]:
+                del self.by_user[user.user_id]
+
+
 async def follow(
     app: Starlette, user: Principal, job_id: UUID, *, with_text: bool = False
 ) -> AsyncGenerator[JobUpdate]:
@@ -38,6 +66,17 @@ async def follow(
 
     Raises ``JobNotFound`` and, where the database stays away, ``psycopg.OperationalError``.
     """
+    waiters: Waiters = app.state.waiters
+    updates = _follow(app, user, job_id, with_text=with_text)
+    with waiters.waiting(user):
+        async with aclosing(updates):
+            async for update in updates:
+                yield update
+
+
+async def _follow(
+    app: Starlette, user: Principal, job_id: UUID, *, with_text: bool
+) -> AsyncGenerator[JobUpdate]:
     last: JobUpdate | None = None
     pause, clock = _FIRST_PAUSE, asyncio.get_running_loop().time
     seen = clock()
@@ -59,7 +98,7 @@ async def follow(
 
 
 async def _look(app: Starlette, user: Principal, job_id: UUID, *, with_text: bool) -> JobUpdate:
-    async with as_user(app.state.pool, user.claims) as conn:
+    async with app.state.waiters.looks, as_user(app.state.pool, user.claims) as conn:
         status, progress = await service.status(conn, job_id)
         partial = await transcripts.partial(conn, job_id) if with_text else None
     return JobUpdate(status, progress, partial.text if partial else "")

@@ -22,6 +22,11 @@ begin
   exception when insufficient_privilege or undefined_column then
     problem := 'The bucket can only be made through the Storage API.';
   end;
+  -- Somebody else's, of the same name: whoever knows a path could read what lies there.
+  if exists (select from storage.buckets b where b.id = bucket and to_jsonb(b) -> 'public' = 'true') then
+    problem := format('The bucket %s is there and public; make it private, or name another one.', bucket);
+    return;
+  end if;
   own := format('bucket_id = %L and (storage.foldername(name))[1] = (select auth.uid())::text', bucket);
   foreach command in array array['select', 'insert', 'update', 'delete'] loop
     execute format('drop policy if exists %I on storage.objects', 'pgscribe audio: ' || command);

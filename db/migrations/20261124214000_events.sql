@@ -159,3 +159,5 @@ comment on function pgscribe.ended_since is
 
 revoke all on pgscribe.event_hubs, pgscribe.watched_owners from public, anon, authenticated, service_role;
 revoke execute on all functions in schema pgscribe from public, anon, authenticated, service_role;
+-- An index's expression runs as whoever changes the row, be it to cancel a job that has completed.
+grant execute on function pgscribe.search_document(uuid, jsonb) to authenticated, service_role;

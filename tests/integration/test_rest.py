@@ -156,6 +156,31 @@ def test_unknown_parameters_are_refused(api: TestClient, headers: Headers) -> No
     assert_problem(api.get("/jobs?statsu=x", headers=headers), 422, "invalid_input", "statsu")
 
 
+def test_options_that_are_nested_deeply(api: TestClient, headers: Headers, user: UUID) -> None:
+    nested = "[" * 700 + "]" * 700
+    body = f'{{"filePath": "{user}/a.mp3", "options": {{"model": {nested}}}}}'
+    response = api.post("/process", content=body, headers=headers)
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_input")
+
+
+def test_a_completed_job_can_be_told_to_stop_any_number_of_times(
+    api: TestClient, headers: Headers, user: UUID, conn: psycopg.Connection, database: str
+) -> None:
+    """Its row leaves its page then, and is indexed again, for search too."""
+    body = {"filePath": f"{user}/a.mp3"}
+    job_id = api.post("/process", json=body, headers=headers).json()["jobId"]
+    conn.execute("update procrastinate.procrastinate_jobs set status = 'doing'")
+    result = {"text": "so many words", "segments": []}
+    conn.execute("update processing_jobs set result = %s", (Jsonb(result),))
+    conn.execute("update procrastinate.procrastinate_jobs set status = 'succeeded'")
+    with psycopg.connect(database) as onlooker:
+        onlooker.execute("set transaction isolation level repeatable read")
+        onlooker.execute("select 1 from processing_jobs")  # keeps old versions of the row alive
+        for _ in range(60):
+            response = api.post(f"/jobs/{job_id}/cancel", headers=headers)
+            assert_problem(response, 409, "job_conflict")
+
+
 def test_delete(api: TestClient, headers: Headers, user: UUID, conn: psycopg.Connection) -> None:
     response = api.post("/process", json={"filePath": f"{user}/a.mp3"}, headers=headers)
     job_id = response.json()["jobId"]

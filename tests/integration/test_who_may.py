@@ -18,6 +18,7 @@ from jobs.scopes import Scope
 from jobs.settings import Settings
 from tests.conftest import TEMPLATE
 from tests.live import serve
+from web import auth, waiting
 from web.app import ENDPOINTS, create_app
 from web.auth import issue_token
 
@@ -177,6 +178,34 @@ def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
     expect(ask.good, site.key(site.owner), "the owner's key")
     ask = asks(site)[route]
     expect(ask.good, site.key(None) | {USER: str(site.owner)}, "a service for the owner")
+
+
+def test_a_key_deletes_audio_only_with_the_scope_for_it(site: Site) -> None:
+    key = site.key(site.owner, Scope.JOBS_WRITE)
+    assert site.http.delete(f"/jobs/{site.new_job()}", headers=key).status_code == 403
+    path = f"/jobs/{site.new_job()}?keep_audio=1"
+    assert site.http.delete(path, headers=key).status_code == 204
+
+
+def test_a_stream_that_a_key_opened_ends_so_that_the_key_is_looked_at_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "KEY_SECONDS", 2)
+    headers = site.key(site.owner)
+    with site.http.stream("GET", "/jobs/events", headers=headers) as response:
+        assert response.status_code == 200
+        assert "token_expired" in response.read().decode()
+
+
+def test_a_user_waits_for_so_many_jobs_at_a_time(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = asks(site)["POST", "/v1/audio/transcriptions"]
+    monkeypatch.setattr(waiting, "MOST", 0)
+    assert answer(site, "POST", ask, site.token(site.owner)) == 429
+    monkeypatch.setattr(waiting, "MOST", 1)
+    assert answer(site, "POST", ask, site.token(site.owner)) == 504
+    assert answer(site, "POST", ask, site.token(site.owner)) == 504, "the first waits no more"
 
 
 def test_the_others_are_open_to_all_or_take_a_link(site: Site) -> None:

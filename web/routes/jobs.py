@@ -4,7 +4,7 @@ import base64
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self
@@ -21,6 +21,7 @@ from jobs.errors import InvalidInput
 from jobs.fetching import check_url
 from jobs.models import JobStatus, JobSummary, ProcessingJob
 from modal_functions.transcript import INITIAL_PROMPT_MAX, MODEL_NAME, MODEL_NAME_MAX, TASKS
+from web.auth import require
 from web.endpoints import Answer, Endpoints, Principal, Scope
 
 MAX_BATCH_BODY = 1024 * 1024  # bytes of JSON
@@ -181,7 +182,9 @@ async def process(
     """
     job = _new_job(body, user, headers.key)
     async with as_user(request.app.state.pool, user.claims) as conn:
-        job_id = await service.submit(conn, **asdict(job))
+        job_id = await service.submit(
+            conn, **{part.name: getattr(job, part.name) for part in fields(job)}
+        )
     content = Accepted.of(job_id).model_dump(mode="json", by_alias=True)
     return JSONResponse(content, ACCEPTED, {"Location": f"/jobs/{job_id}"})
 
@@ -320,8 +323,10 @@ async def delete_job(
 ) -> Response:
     """Delete a job with its transcript and, unless another job needs that, its audio.
 
-    A job that runs is stopped. The audio goes within minutes.
+    A job that runs is stopped. The audio goes within minutes; a key needs `audio:write` for that.
     """
+    if not query.keep_audio:
+        require(user, Scope.AUDIO_WRITE)
     async with as_user(request.app.state.pool, user.claims) as conn:
         await service.delete(conn, job_id, keep_audio=query.keep_audio)
     return Response(status_code=HTTPStatus.NO_CONTENT)

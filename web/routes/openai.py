@@ -632,6 +632,7 @@ async def _serve(
     request: Request, user: Principal, key: str | None, model: type[TranslationForm], task: Task
 ) -> Response:
     require(user, Scope.AUDIO_WRITE)
+    request.app.state.waiters.check(user)
     received = await _receive(request, user, model)
     job_id = await _submit(request, user, received, task, key)
     request.state.job_id = job_id  # for the answers of exception handlers
