@@ -1,5 +1,5 @@
 -- Live: who looks on is told at once that a job has changed, and reads it as the one who may.
--- docs/decisions/0004-api.md says why.
+-- docs/decisions/0005-events.md says why.
 
 -- Who looks on ---------------------------------------------------------------------------------------
 -- A notification takes a lock that all committing transactions of the server share, so none is sent of jobs
