@@ -1,7 +1,7 @@
 """Who looks on at jobs is told of changes: one connection that listens, for all streams.
 
 A notification is a hint to look, since anybody may send one. What is sent to a stream was read from
-the tables as the stream's user, under row level security. docs/decisions/0004-api.md says more.
+the tables as the stream's user, under row level security. docs/decisions/0005-events.md says more.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ REST = 0.25  # seconds between two looks at one job
 FLOOD_REST = 5.0  # seconds between two looks at all that an owner has
 OPENING = 10.0  # seconds that a stream's first look may take
 BATCH = 50  # users in one call
+UNASKED = 10  # of them at most whom nothing has been heard of
 MAX_JOBS = 200  # jobs of one user in one look
 MAX_HINTED = 1000  # jobs of one user that wait to be looked at
 MAX_PENDING = 300  # events that wait for one client
@@ -235,6 +236,12 @@ class Audience:
         """Have all looked at that is known."""
         self.hinted |= dict.fromkeys([*self.topics, *self.active])
         self.list_due = bool(self.all_jobs)
+
+    def asked(self, now: float) -> bool:
+        """Whether something may have changed, or somebody waits for their first look."""
+        if self.next_look <= now and self.opening:
+            return True
+        return any(self._rest.get(job_id, 0.0) <= now for job_id in self.hinted)
 
     def due_at(self) -> float:
         """Return when to look, on the monotonic clock."""
@@ -711,15 +718,17 @@ class EventHub:
     async def _look(self) -> bool:
         """Look at what is due, and say whether there was anything."""
         now = time.monotonic()
-        due = [one for one in self._audiences.values() if one.due_at() <= now][:BATCH]
-        for audience in due:
+        asked = [one for one in self._audiences.values() if one.asked(now)][:BATCH]
+        due = [one for one in self._audiences.values() if one.next_look <= now]
+        batch = dict.fromkeys([*asked, *due[:UNASKED]])
+        for audience in batch:
             if audience.next_look <= now:
                 # What was under way when its owner began to be watched was not notified.
-                audience.next_look = now + (RELOOK if audience.since is not None else AGAIN)
+                audience.next_look = now + (AGAIN if audience.since is None else RELOOK)
                 audience.relook()
-        if due:
-            await self._ask([Look(audience) for audience in due])
-        return bool(due)
+        if batch:
+            await self._ask([Look(audience) for audience in batch])
+        return bool(batch)
 
     async def _ask(self, looks: Sequence[Look]) -> None:
         lookups = json.dumps([look.request() for look in looks])
