@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from db.embedded import EmbeddedPostgres
 from jobs.settings import Settings
 from tests.conftest import TEMPLATE
-from tests.web_server import serve
+from tests.live import serve
 from web import openapi
 from web.app import ENDPOINTS, TAGS, create_app
 from web.auth import issue_token
