@@ -19,7 +19,8 @@ from web.auth import Authenticator
 from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
-from web.routes import docs, events, jobs, openai, transcripts, uploads
+from web.pages import ExceptionHandler, as_page
+from web.routes import docs, events, jobs, openai, pages, transcripts, uploads
 from web.waiting import Waiters
 
 TAGS = {
@@ -45,6 +46,10 @@ async def healthz(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+def _in_its_form(handler: ExceptionHandler) -> ExceptionHandler:
+    return as_page(in_openai_form(handler))
+
+
 def create_app(settings: Settings) -> Starlette:
     """Return the app; its connections open with its lifespan. Raises ``SettingsError``."""
 
@@ -59,13 +64,14 @@ def create_app(settings: Settings) -> Starlette:
             Route("/healthz", healthz),
             *docs.routes(),
             *endpoints.routes(ENDPOINTS),
+            *pages.routes(),
         ],
         exception_handlers={
-            PgscribeError: in_openai_form(problems.on_pgscribe_error),
-            HTTPException: in_openai_form(problems.on_http_exception),
-            ClientDisconnect: in_openai_form(problems.on_disconnect),
-            psycopg.OperationalError: in_openai_form(problems.on_database_away),
-            Exception: in_openai_form(problems.on_unexpected_error),
+            PgscribeError: _in_its_form(problems.on_pgscribe_error),
+            HTTPException: _in_its_form(problems.on_http_exception),
+            ClientDisconnect: _in_its_form(problems.on_disconnect),
+            psycopg.OperationalError: _in_its_form(problems.on_database_away),
+            Exception: _in_its_form(problems.on_unexpected_error),
         },
         middleware=middleware(settings),
         lifespan=lifespan,

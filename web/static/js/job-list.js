@@ -1,0 +1,226 @@
+// The list of jobs: a row for each, kept up to date.
+
+import { api, ApiError } from "./api.js";
+import { h } from "./dom.js";
+import { ago, clock, dateAndTime, fileName, percent } from "./format.js";
+import { Estimates, leftInWords } from "./progress.js";
+import { hitsOf } from "./search.js";
+import { toast } from "./toasts.js";
+
+const TICK = 1000; // milliseconds between two looks at the clock
+const UNDO_SECONDS = 7;
+const ENDED = new Set(["completed", "failed", "cancelled"]);
+
+export class JobList {
+  filter = ""; // a status, or "" for all
+  onChange = () => {};
+  #rows = new Map(); // by job id
+  #estimates = new Estimates();
+  #pending = new Map(); // jobs that are deleted unless somebody undoes it: by id, what does it now
+  #found = false; // whether results of a search are shown
+
+  constructor(element, heading) {
+    this.element = element;
+    this.heading = heading; // takes the focus where a row with it goes
+    setInterval(() => this.#tick(), TICK);
+    addEventListener("pagehide", () => {
+      for (const deletion of this.#pending.values()) deletion.now({ keepalive: true });
+    });
+  }
+
+  get size() {
+    return this.#rows.size;
+  }
+
+  /** Show these jobs instead of what is there. */
+  show(jobs) {
+    this.#clear(false);
+    this.add(jobs);
+  }
+
+  add(jobs) {
+    for (const job of jobs) this.put(job);
+  }
+
+  /** Show results of a search instead of what is there. */
+  showFound(results) {
+    this.#clear(true);
+    for (const result of results) {
+      const row = new Row({ ...result, status: "completed", progress: 1 }, this.#actions);
+      row.element.append(hitsOf(result));
+      this.#rows.set(result.id, row);
+      this.element.append(row.element);
+    }
+  }
+
+  #clear(found) {
+    this.#found = found;
+    this.#rows.clear();
+    this.element.replaceChildren();
+  }
+
+  /** Take in a job's state. Returns what there is to say of it, if anything. */
+  put(job) {
+    if (this.#pending.has(job.id)) return null;
+    this.#estimates.note(job);
+    const row = this.#rows.get(job.id);
+    if (this.#found) return null;
+    if (this.filter && job.status !== this.filter) {
+      if (row) this.remove(job.id);
+      return null;
+    }
+    const before = row?.job.status;
+    if (row) row.update(job, this.#estimates);
+    else this.#insert(new Row(job, this.#actions));
+    this.onChange();
+    return before && before !== job.status && ENDED.has(job.status) ? `${fileName(job.file_path)}: ${job.status}` : null;
+  }
+
+  #insert(row) {
+    row.update(row.job, this.#estimates);
+    const later = [...this.#rows.values()].find((other) => older(other.job, row.job));
+    this.#rows.set(row.job.id, row);
+    this.element.insertBefore(row.element, later?.element ?? null);
+    if (later) this.#rows = new Map([...this.#rows].sort(([, one], [, other]) => (older(one.job, other.job) ? 1 : -1)));
+  }
+
+  remove(id) {
+    const row = this.#rows.get(id);
+    if (!row) return;
+    const focused = row.element.contains(document.activeElement);
+    const next = row.element.nextElementSibling ?? row.element.previousElementSibling;
+    row.element.remove();
+    this.#rows.delete(id);
+    if (focused) (next?.querySelector("a") ?? this.heading).focus();
+    this.onChange();
+  }
+
+  #tick() {
+    for (const row of this.#rows.values()) row.tick(this.#estimates);
+  }
+
+  #actions = {
+    cancel: (job) => this.#act(job, "cancel", `Cancelling ${fileName(job.file_path)}`),
+    retry: (job) => this.#act(job, "retry", `${fileName(job.file_path)} is queued again`),
+    delete: (job) => this.#delete(job),
+  };
+
+  async #act(job, action, said) {
+    try {
+      this.put(await api("POST", `/jobs/${job.id}/${action}`));
+      toast(said);
+    } catch (error) {
+      toast(error.message);
+    }
+  }
+
+  #delete(job) {
+    this.remove(job.id);
+    const restore = () => {
+      this.#pending.delete(job.id);
+      if (!this.#found) this.put(job);
+    };
+    const now = async (options = {}) => {
+      try {
+        await api("DELETE", `/jobs/${job.id}`, options);
+        this.#pending.delete(job.id);
+      } catch (error) {
+        if (error instanceof ApiError && error.status === 404) return void this.#pending.delete(job.id);
+        restore();
+        toast(`${fileName(job.file_path)} was not deleted. ${error.message}`);
+      }
+    };
+    this.#pending.set(job.id, { now });
+    toast(`Deleted ${fileName(job.file_path)} and its recording`, {
+      action: { label: "Undo", run: restore },
+      seconds: UNDO_SECONDS,
+      onGone: now,
+    });
+  }
+}
+
+const older = (one, other) => [one.created_at, one.id] < [other.created_at, other.id]
+  || (one.created_at === other.created_at ? one.id < other.id : new Date(one.created_at) < new Date(other.created_at));
+
+class Row {
+  constructor(job, actions) {
+    this.job = job;
+    this.actions = actions;
+    this.name = h("a", { class: "name" });
+    this.status = h("span");
+    this.length = h("span", { class: "number" });
+    this.created = h("time");
+    this.buttons = h("div", { class: "actions" });
+    this.bar = h("progress", { max: 1 });
+    this.left = h("span", { class: "number" });
+    this.work = h("div", { class: "work", hidden: true }, this.bar, this.left);
+    this.problem = h("p", { class: "problem", hidden: true });
+    this.element = h(
+      "li",
+      { class: "job" },
+      h("div", {}, this.name, h("div", { class: "about" }, this.status, this.length, this.created)),
+      this.buttons, this.work, this.problem,
+    );
+    this.#fill();
+  }
+
+  update(job, estimates) {
+    const status = this.job.status;
+    this.job = { ...this.job, ...job };
+    if (job.status !== status || this.job.cancel_requested_at) this.#renew();
+    this.#fill();
+    this.tick(estimates);
+  }
+
+  #fill() {
+    const { job } = this;
+    const name = fileName(job.file_path);
+    this.element.dataset.id = job.id;
+    this.name.textContent = name;
+    this.name.href = `/app/jobs/${job.id}`;
+    this.status.className = `status ${job.status}`;
+    this.status.textContent = statusInWords(job);
+    this.length.textContent = job.audio_seconds ? clock(job.audio_seconds) : "";
+    this.created.dateTime = job.created_at;
+    this.created.title = dateAndTime(job.created_at);
+    this.work.hidden = job.status !== "processing";
+    this.bar.value = job.progress;
+    this.bar.setAttribute("aria-label", `Progress of ${name}`);
+    this.problem.hidden = !(job.error && job.status !== "completed" && job.status !== "cancelled");
+    this.problem.textContent = job.status === "failed" ? job.error : `Trying again after: ${job.error}`;
+    if (!this.buttons.childElementCount) this.#renew();
+  }
+
+  #renew() {
+    const { job, actions } = this;
+    const button = (label, act) => h(
+      "button",
+      { type: "button", class: "quiet", "aria-label": `${label} ${fileName(job.file_path)}`, onclick: () => act(this.job) },
+      label,
+    );
+    const focused = this.buttons.contains(document.activeElement);
+    this.buttons.replaceChildren(
+      ...(ENDED.has(job.status) ? [] : [button("Cancel", actions.cancel)]),
+      ...(["failed", "cancelled"].includes(job.status) ? [button("Retry", actions.retry)] : []),
+      ...(ENDED.has(job.status) ? [button("Delete", actions.delete)] : []),
+    );
+    if (focused) this.buttons.querySelector("button").focus();
+  }
+
+  tick(estimates) {
+    const { job } = this;
+    this.created.textContent = ago(job.created_at);
+    if (job.status === "processing") {
+      const parts = [job.note, percent(job.progress), leftInWords(estimates.left(job.id))];
+      this.left.textContent = parts.filter(Boolean).join(" · ");
+    } else if (job.status === "queued") {
+      this.status.textContent = statusInWords(job);
+    }
+  }
+}
+
+function statusInWords(job) {
+  if (job.status === "queued" && job.due_at && new Date(job.due_at) > Date.now()) return `Starts ${ago(job.due_at)}`;
+  if (job.cancel_requested_at && !ENDED.has(job.status)) return "Cancelling";
+  return job.status[0].toUpperCase() + job.status.slice(1);
+}
