@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -42,6 +43,19 @@ def _fingerprint(folder: Path) -> str:
 # In the path, not in a query: modules import each other by relative paths, and so by version.
 STATIC = f"{HOME}/static/{_fingerprint(_STATIC)}"
 
+_IMPORT = re.compile(r'from "\./([\w-]+\.js)"')
+
+
+@functools.cache
+def modules(name: str) -> list[str]:
+    """Return a module and all that it imports, in that order, so that they can load at once."""
+    found = [name]
+    for module in found:
+        text = (_STATIC / "js" / module).read_text(encoding="utf-8")
+        found += [other for other in _IMPORT.findall(text) if other not in found]
+    return found
+
+
 _templates = Jinja2Templates(
     env=jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
@@ -51,7 +65,9 @@ _templates = Jinja2Templates(
         lstrip_blocks=True,
     )
 )
-_templates.env.globals |= {"static": STATIC, "home": HOME, "sign_in": SIGN_IN}
+_templates.env.globals |= {
+    "static": STATIC, "home": HOME, "sign_in": SIGN_IN, "modules": modules
+}  # fmt: skip
 
 
 class _Versioned(StaticFiles):

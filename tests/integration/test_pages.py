@@ -64,6 +64,8 @@ def test_a_page_may_load_and_run_only_what_is_ours(
     assert page.headers["x-frame-options"] == "DENY"
     assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=|<style", page.text)
     loaded = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert f"{STATIC}/js/jobs.js" in loaded
+    assert f"{STATIC}/js/dom.js" in loaded, "at once, not only when the first has come"
     assert loaded
     assert all(path.startswith("/") and not path.startswith("//") for path in loaded)
 

@@ -15,6 +15,7 @@ export class JobList {
   filter = ""; // a status, or "" for all
   onChange = () => {};
   #rows = new Map(); // by job id
+  #latest = new Map(); // states by job id, also of jobs that are not shown
   #estimates = new Estimates();
   #pending = new Map(); // jobs that are deleted unless somebody undoes it: by id, what does it now
   #found = false; // whether results of a search are shown
@@ -62,6 +63,10 @@ export class JobList {
   /** Take in a job's state. Returns what there is to say of it, if anything. */
   put(job) {
     if (this.#pending.has(job.id)) return null;
+    // A list that was asked for earlier may come after an event.
+    const known = this.#latest.get(job.id);
+    if (known && new Date(known.updated_at) > new Date(job.updated_at)) job = { ...job, ...known };
+    this.#latest.set(job.id, job);
     this.#estimates.note(job);
     const row = this.#rows.get(job.id);
     if (this.#found) return null;
@@ -139,8 +144,9 @@ export class JobList {
   }
 }
 
-const older = (one, other) => [one.created_at, one.id] < [other.created_at, other.id]
-  || (one.created_at === other.created_at ? one.id < other.id : new Date(one.created_at) < new Date(other.created_at));
+// Times come in several forms, so they are compared as what they mean.
+const older = (one, other) => new Date(one.created_at) - new Date(other.created_at) < 0
+  || (new Date(one.created_at) - new Date(other.created_at) === 0 && one.id < other.id);
 
 class Row {
   constructor(job, actions) {

@@ -127,7 +127,8 @@ export class Uploads {
 
   #sayOptions() {
     const { language, model } = this.form.elements;
-    byId("options-summary").textContent = `${language.selectedOptions[0].text}, ${model.value} model`;
+    const spoken = language.value ? language.selectedOptions[0].text : "language detected";
+    byId("options-summary").textContent = `${spoken}, ${model.value} model`;
   }
 
   // Uploads
