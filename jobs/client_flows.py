@@ -33,6 +33,7 @@ from jobs.client_requests import (
     Ticket,
     TranscriptFormat,
 )
+from jobs.corrections import read_transcript
 from jobs.errors import JobNotFound, RequestFailed, ServerUnreachable, WaitTimedOut
 from jobs.models import JobStatus, ProcessingJob, Transcript
 from jobs.server_sent_events import EventReader, StreamUnreadable
@@ -270,7 +271,7 @@ class Flows:
             return reply.body.decode()
         try:
             said = json.loads(reply.body)
-            return Transcript.from_dict({part.name: said[part.name] for part in fields(Transcript)})
+            return read_transcript({part.name: said[part.name] for part in fields(Transcript)})
         except (KeyError, TypeError, ValueError):
             raise requests.unexpected(reply) from None
 
