@@ -258,9 +258,11 @@ class Flows:
         if not (answered.in_doubt and answered.reply.status == HTTPStatus.NOT_FOUND):
             requests.done(answered.reply)
 
-    def transcript(self, job_id: UUID, form: TranscriptFormat) -> Flow[Transcript | str]:
+    def transcript(
+        self, job_id: UUID, form: TranscriptFormat, *, original: bool
+    ) -> Flow[Transcript | str]:
         """Get a transcript."""
-        reply = yield from self._ask(requests.transcript(job_id, form))
+        reply = yield from self._ask(requests.transcript(job_id, form, original=original))
         if reply.headers.get("pgscribe-partial") == "true":
             raise RequestFailed(
                 "The job is not completed yet; wait for it, or follow it for its text",

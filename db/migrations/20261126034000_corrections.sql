@@ -1,8 +1,8 @@
 -- What the owner of a transcript has corrected: beside the result, which stays as it was transcribed.
 --
--- A segment is named by its place in result -> 'segments'. That is stable: a result is written with the status that
--- makes it final, only failed and cancelled jobs are tried again (pgscribe.guard_processing_job), and no API role may
--- update the column. `postgres`, who could, has to delete the job's corrections then.
+-- A segment is named by its place in result -> 'segments'. That is stable: a result is written in the transaction that
+-- completes the job, only failed and cancelled jobs are tried again (pgscribe.guard_processing_job), and no API role
+-- may update the column. `postgres`, who could, has to delete the job's corrections then.
 
 create table public.transcript_corrections (
   job_id uuid not null references public.processing_jobs (id) on delete cascade,

@@ -137,7 +137,7 @@ def test_what_is_not_named_stays_and_null_takes_back(api: httpx2.Client, job: UU
     assert first.json() == api.get(f"/jobs/{job}/corrections").json()
     assert first.json()["corrections"][0].keys() == {"segment", "text", "speaker", "updated_at"}
     assert get(api, job) == [(0, None, "Anna"), (1, "Hi, Anna.", None)]
-    patch(api, job, {"segment": 1, "speaker": " Jon\u00a0"}, {"segment": 0, "text": ""})
+    patch(api, job, {"segment": 1, "speaker": "\t Jon "}, {"segment": 0, "text": ""})
     assert get(api, job) == [(0, "", "Anna"), (1, "Hi, Anna.", "Jon")]
     patch(api, job, {"segment": 1, "text": None}, {"segment": 0, "text": "x", "speaker": None})
     assert get(api, job) == [(0, "x", None), (1, None, "Jon")]
@@ -395,6 +395,8 @@ def test_the_client_reads_corrected_transcripts(
         assert isinstance(transcript, Transcript)
         assert transcript.to_dict() == api.get(f"/jobs/{job}/transcript.json").json()
         assert client.transcript(job, "txt") == EXPECTED["txt"]
+        assert client.transcript(job, original=True).to_dict() == RESULT
+        assert client.transcript(job, "txt", original=True) == f"{RESULT['text']}\n"
 
 
 # In the database ----------------------------------------------------------------------------------
