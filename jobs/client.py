@@ -411,16 +411,25 @@ class JobClient(_Connection[str | Callable[[], str]]):
         return self._run(self._flows.wait(_job_id(job_id), timeout, on_change))
 
     @overload
-    def transcript(self, job_id: UUID | str, format: Literal["json"] = ...) -> Transcript: ...
+    def transcript(
+        self, job_id: UUID | str, format: Literal["json"] = ..., *, original: bool = ...
+    ) -> Transcript: ...
     @overload
-    def transcript(self, job_id: UUID | str, format: TextFormat) -> str: ...
+    def transcript(
+        self, job_id: UUID | str, format: TextFormat, *, original: bool = ...
+    ) -> str: ...
     def transcript(
         self,
         job_id: UUID | str,
         format: TranscriptFormat = "json",  # noqa: A002
+        *,
+        original: bool = False,
     ) -> Transcript | str:
-        """Return a completed job's transcript: as data, as text, or as subtitles."""
-        return self._run(self._flows.transcript(_job_id(job_id), format))
+        """Return a completed job's transcript: as data, as text, or as subtitles.
+
+        It is as its owner has corrected it, or, with ``original``, as it was transcribed.
+        """
+        return self._run(self._flows.transcript(_job_id(job_id), format, original=original))
 
     def download_audio(self, job_id: UUID | str, path: Path | str) -> int:
         """Save a job's audio at ``path``, whole or not at all; return its size in bytes."""
@@ -646,16 +655,22 @@ class AsyncJobClient(_Connection[AsyncToken]):
         self,
         job_id: UUID | str,
         format: Literal["json"] = ...,
+        *,
+        original: bool = ...,
     ) -> Transcript: ...
     @overload
-    async def transcript(self, job_id: UUID | str, format: TextFormat) -> str: ...
+    async def transcript(
+        self, job_id: UUID | str, format: TextFormat, *, original: bool = ...
+    ) -> str: ...
     async def transcript(
         self,
         job_id: UUID | str,
         format: TranscriptFormat = "json",  # noqa: A002
+        *,
+        original: bool = False,
     ) -> Transcript | str:
-        """Return a completed job's transcript: as data, as text, or as subtitles."""
-        return await self._run(self._flows.transcript(_job_id(job_id), format))
+        """Return a completed job's transcript, as ``JobClient.transcript`` does."""
+        return await self._run(self._flows.transcript(_job_id(job_id), format, original=original))
 
     async def download_audio(self, job_id: UUID | str, path: Path | str) -> int:
         """Save a job's audio at ``path``, whole or not at all; return its size in bytes."""

@@ -33,6 +33,7 @@ from jobs.client_requests import (
     Ticket,
     TranscriptFormat,
 )
+from jobs.corrections import read_transcript
 from jobs.errors import JobNotFound, RequestFailed, ServerUnreachable, WaitTimedOut
 from jobs.models import JobStatus, ProcessingJob, Transcript
 from jobs.server_sent_events import EventReader, StreamUnreadable
@@ -257,9 +258,11 @@ class Flows:
         if not (answered.in_doubt and answered.reply.status == HTTPStatus.NOT_FOUND):
             requests.done(answered.reply)
 
-    def transcript(self, job_id: UUID, form: TranscriptFormat) -> Flow[Transcript | str]:
+    def transcript(
+        self, job_id: UUID, form: TranscriptFormat, *, original: bool
+    ) -> Flow[Transcript | str]:
         """Get a transcript."""
-        reply = yield from self._ask(requests.transcript(job_id, form))
+        reply = yield from self._ask(requests.transcript(job_id, form, original=original))
         if reply.headers.get("pgscribe-partial") == "true":
             raise RequestFailed(
                 "The job is not completed yet; wait for it, or follow it for its text",
@@ -270,7 +273,7 @@ class Flows:
             return reply.body.decode()
         try:
             said = json.loads(reply.body)
-            return Transcript.from_dict({part.name: said[part.name] for part in fields(Transcript)})
+            return read_transcript({part.name: said[part.name] for part in fields(Transcript)})
         except (KeyError, TypeError, ValueError):
             raise requests.unexpected(reply) from None
 

@@ -157,9 +157,10 @@ def events(job_id: UUID, last_id: str) -> Request:
     return Request("GET", f"/jobs/{job_id}/events", headers=headers, read_timeout=STREAM_SILENCE)
 
 
-def transcript(job_id: UUID, form: TranscriptFormat) -> Request:
+def transcript(job_id: UUID, form: TranscriptFormat, *, original: bool) -> Request:
     """Ask for a transcript."""
-    return Request("GET", f"/jobs/{job_id}/transcript.{form}")
+    query = _query(original="true" if original else None)
+    return Request("GET", f"/jobs/{job_id}/transcript.{form}", query)
 
 
 def audio(job_id: UUID) -> Request:

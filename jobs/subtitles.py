@@ -7,16 +7,18 @@ cells, of which a full-width character takes two: text that is mostly of those g
 
 Where to cut is found for the whole transcript at once: of all ways to cut it, the cheapest by
 `_Costs`. Times are those of the words, or else shares of the segment's by the length of the text.
+No cue has the words of two speakers.
 """
 
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
+from jobs.corrections import speaker_of, turns
 from modal_functions.transcript import Segment, Transcript, Word
 
 MIN_LINE_LENGTH: Final = 10
@@ -42,11 +44,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """What is on screen from ``start`` to ``end``, in milliseconds."""
+    """What is on screen from ``start`` to ``end``, in milliseconds, and who says it, if known."""
 
     start: int
     end: int
     lines: tuple[str, ...]
+    speaker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class _Atom:
     end: float
     spaced: bool  # whether a space stands before it
     width: int
+    speaker: str | None = None
+    is_label: bool = False  # the speaker's name itself
 
 
 # Words that belong to what follows them: no line ends with one, and one may well begin a line.
@@ -118,11 +123,27 @@ def _cell(char: str) -> int:
 # Atoms --------------------------------------------------------------------------------------------
 
 
-def _atoms(transcript: Transcript, line_length: int) -> list[_Atom]:
+def _atoms(transcript: Transcript, line_length: int, *, labels: bool) -> Iterator[_Atom]:
     segments = transcript.segments
     if not segments and transcript.text.strip():
         segments = (Segment(0.0, transcript.duration, transcript.text, 0.0, 0.0, 0.0),)
-    return [atom for segment in segments for atom in _segment_atoms(segment, line_length)]
+    said_last: str | None = None
+    for segment in segments:
+        atoms, speaker = list(_segment_atoms(segment, line_length)), speaker_of(segment)
+        if speaker is not None:
+            atoms = [replace(atom, speaker=speaker) for atom in atoms]
+        if atoms and labels and speaker not in {None, said_last}:
+            yield from _label(atoms[0], line_length)
+        if atoms:
+            said_last = speaker
+        yield from atoms
+
+
+def _label(first: _Atom, line_length: int) -> Iterator[_Atom]:
+    """Yield what stands before the first words of a turn: who speaks. It takes no time."""
+    for part in f"{first.speaker}:".split():
+        atom = replace(first, text=part, end=first.start, spaced=True, width=cells(part))
+        yield from (replace(a, is_label=True) for a in _cut_hard(atom, line_length))
 
 
 def _segment_atoms(segment: Segment, line_length: int) -> Iterator[_Atom]:
@@ -249,10 +270,11 @@ def _cut_hard(atom: _Atom, line_length: int) -> Iterator[_Atom]:
         start = atom.start + place * second
         place += len(part)
         end = atom.start + place * second
-        yield _Atom(part, start, end, atom.spaced and number == 0, cells(part))
+        spaced = atom.spaced and number == 0
+        yield replace(atom, text=part, start=start, end=end, spaced=spaced, width=cells(part))
 
 
-def _in_order(atoms: Sequence[_Atom]) -> list[_Atom]:
+def _in_order(atoms: Iterable[_Atom]) -> list[_Atom]:
     """Let no atom start before the one before it: engines' times may."""
     ordered, latest = list[_Atom](), 0.0
     for atom in atoms:
@@ -267,6 +289,8 @@ def _in_order(atoms: Sequence[_Atom]) -> list[_Atom]:
 
 def _joint(left: _Atom, right: _Atom) -> str:
     """Return what stands between two atoms, a key of ``_Costs.BREAK``."""
+    if left.is_label:
+        return "bad"
     word = left.text.lower().lstrip("¿¡\"'([«“„")
     bare = word.rstrip("".join(_CLOSING))
     if word in _TITLES or word in _LEADING:
@@ -323,6 +347,8 @@ class _Cutter:
             if place > begin:
                 pause = atom.start - self._atoms[place - 1].end
                 if lines > self._lines or too_long or pause > _LONG_PAUSE:
+                    return
+                if atom.speaker != first.speaker:
                     return
                 inner += _Costs.PAUSE * max(0.0, pause - 0.5)
                 inner += _Costs.INNER_SENTENCE * (self._joints[place - 1] == "sentence")
@@ -383,21 +409,26 @@ def _joined(atoms: Sequence[_Atom]) -> str:
 # Cues ---------------------------------------------------------------------------------------------
 
 
-def cues(transcript: Transcript, layout: Layout = Layout()) -> list[Cue]:
+def cues(transcript: Transcript, layout: Layout = Layout(), *, labels: bool = False) -> list[Cue]:
     """Return the transcript's subtitles: all of its text, once, in order, none overlapping.
 
-    Where the recording is shorter than its text takes to show at all, cues go on past its end.
+    With ``labels``, each turn begins with its speaker's name. Where the recording is shorter than
+    its text takes to show at all, cues go on past its end.
     """
     layout = _for_script(transcript.text, layout)
     assert layout.max_line_length is not None
-    atoms = _in_order(_atoms(transcript, layout.max_line_length))
+    atoms = _in_order(_atoms(transcript, layout.max_line_length, labels=labels))
     if not atoms:
         return []
     ranges = _Cutter(atoms, layout).cuts()
     texts = [_lines(atoms[begin:end], layout) for begin, end in ranges]
     spoken = [(atoms[begin].start, atoms[end - 1].end) for begin, end in ranges]
     times = _times(spoken, [sum(map(cells, text)) for text in texts], transcript.duration, layout)
-    return [Cue(*time, text) for time, text in zip(times, texts, strict=True)]
+    speakers = [atoms[begin].speaker for begin, _ in ranges]
+    return [
+        Cue(start, end, text, speaker)
+        for (start, end), text, speaker in zip(times, texts, speakers, strict=True)
+    ]
 
 
 def _for_script(text: str, layout: Layout) -> Layout:
@@ -444,36 +475,54 @@ def _clock(milliseconds: int, mark: str) -> str:
 
 
 def srt(transcript: Transcript, layout: Layout = Layout()) -> str:
-    """Return SubRip subtitles. The format has no escapes: an arrow in the text is spaced out."""
+    """Return SubRip subtitles. The format has no escapes: an arrow in the text is spaced out.
+
+    Nor has it speakers: a turn begins with "name: ".
+    """
     blocks = []
-    for number, cue in enumerate(cues(transcript, layout), 1):
+    for number, cue in enumerate(cues(transcript, layout, labels=True), 1):
         text = "\n".join(cue.lines).replace("-->", "-- >")
         blocks.append(f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{text}\n")
     return "\n".join(blocks)
 
 
 def vtt(transcript: Transcript, layout: Layout = Layout()) -> str:
-    """Return WebVTT subtitles."""
+    """Return WebVTT subtitles; speakers are their cues' voices."""
     blocks = ["WEBVTT\n"]
     for cue in cues(transcript, layout):
-        text = "\n".join(cue.lines)
-        for char, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-            text = text.replace(char, escaped)
+        voice = "" if cue.speaker is None else f"<v {_escaped(cue.speaker)}>"
+        text = voice + _escaped("\n".join(cue.lines))
         blocks.append(f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n{text}\n")
     return "\n".join(blocks)
 
 
+def _escaped(text: str) -> str:
+    for char, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(char, escaped)
+    return text
+
+
 def tsv(transcript: Transcript, _: Layout = Layout()) -> str:
-    """Return the segments as Whisper's tsv: start and end in milliseconds, and text."""
+    """Return the segments as Whisper's tsv: start and end in milliseconds, and text.
+
+    A row may be read without the others, so its text begins with its speaker's name.
+    """
     rows = ["start\tend\ttext\n"]
     for segment in transcript.segments:
-        text = " ".join(segment.text.split())
-        rows.append(f"{round(segment.start * 1000)}\t{round(segment.end * 1000)}\t{text}\n")
+        if text := " ".join(segment.text.split()):
+            text = _labelled(speaker_of(segment), text)
+            rows.append(f"{round(segment.start * 1000)}\t{round(segment.end * 1000)}\t{text}\n")
     return "".join(rows)
 
 
+def _labelled(speaker: str | None, text: str) -> str:
+    return text if speaker is None else f"{' '.join(speaker.split())}: {text}"
+
+
 def txt(transcript: Transcript, _: Layout = Layout()) -> str:
-    """Return the text, with a newline at its end."""
+    """Return the text, with a newline at its end; with speakers, a paragraph for each turn."""
+    if any(map(speaker_of, transcript.segments)):
+        return "\n".join(f"{_labelled(turn.speaker, turn.text)}\n" for turn in turns(transcript))
     return f"{transcript.text}\n" if transcript.text else ""
 
 

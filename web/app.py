@@ -20,7 +20,7 @@ from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.pages import ExceptionHandler, as_page
-from web.routes import docs, events, jobs, openai, pages, transcripts, uploads
+from web.routes import corrections, docs, events, jobs, openai, pages, transcripts, uploads
 from web.waiting import Waiters
 
 TAGS = {
@@ -36,6 +36,7 @@ ENDPOINTS = [
     *events.endpoint.all,
     *jobs.endpoint.all,
     *transcripts.endpoint.all,
+    *corrections.endpoint.all,
     *uploads.endpoint.all,
     *openai.endpoint.all,
 ]

@@ -123,6 +123,14 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
         ("GET", "/jobs/{job_id}/transcript.{extension}"): Ask(
             f"{job}/transcript.srt", 409, 404, read
         ),
+        ("GET", "/jobs/{job_id}/corrections"): Ask(f"{job}/corrections", 200, 404, read),
+        ("PATCH", "/jobs/{job_id}/corrections"): Ask(
+            f"{job}/corrections",
+            409,
+            404,
+            write,
+            {"json": {"corrections": [{"segment": 0, "speaker": "Anna"}]}},
+        ),
         ("POST", "/uploads"): Ask(
             "/uploads", 201, 201, Scope.AUDIO_WRITE, {"json": {"name": "a.mp3", "size": 5}}
         ),

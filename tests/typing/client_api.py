@@ -23,6 +23,7 @@ def blocking(job_id: UUID) -> None:
         assert_type(client.transcript(job_id), Transcript)
         assert_type(client.transcript(job_id, "json"), Transcript)
         assert_type(client.transcript(job_id, format="srt"), str)
+        assert_type(client.transcript(job_id, "srt", original=True), str)
         client.transcript(job_id, "doc")  # type: ignore[call-overload]
         assert_type(client.search("words"), Iterator[SearchResult])
         assert_type(client.download_audio(job_id, "talk.mp3"), int)
@@ -40,6 +41,6 @@ async def awaited(job_id: UUID) -> None:
         assert_type(await client.wait(job_id), ProcessingJob)
         assert_type(client.follow(job_id), AsyncGenerator[JobEvent, None])
         assert_type(client.list_jobs(), AsyncGenerator[JobSummary, None])
-        assert_type(await client.transcript(job_id), Transcript)
+        assert_type(await client.transcript(job_id, original=True), Transcript)
         assert_type(await client.transcript(job_id, "vtt"), str)
     JobClient("https://example.org", current)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
 import json
 import math
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 import srt
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs import subtitles
+from jobs.corrections import CorrectedSegment, speaker_of
 from jobs.models import Segment, Transcript, Word
 from jobs.subtitles import Cue, Layout, cells, cues
 
@@ -67,11 +69,12 @@ seconds = st.floats(-1, 400, allow_nan=False)
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     text, start, end = draw(texts), draw(seconds), draw(seconds)
+    speaker = draw(st.sampled_from([None, None, "Anna", "Bob & <Co>", "x" * 70]))
     words = None
     if draw(st.booleans()):
         cut = draw(st.sampled_from([text.split(), list(text), [text, "more"]]))
         words = tuple(Word(draw(seconds), draw(seconds), word, 1.0) for word in cut[:30])
-    return Segment(start, end, text, 0.0, 0.0, 0.0, words)
+    return CorrectedSegment(start, end, text, 0.0, 0.0, 0.0, words, (), speaker)
 
 
 layouts = st.builds(
@@ -113,6 +116,37 @@ def test_lines_keep_to_the_limits(transcript: Transcript, layout: Layout) -> Non
         for line in cue.lines:
             # Marks on a character take no cell of their own, and are not torn from it.
             assert cells(line) <= (layout.max_line_length or 42)
+
+
+@UNTIMED
+@given(transcripts, layouts, st.booleans())
+def test_no_cue_has_the_words_of_two_speakers(
+    transcript: Transcript,
+    layout: Layout,
+    labels: bool,  # noqa: FBT001
+) -> None:
+    said = [
+        (speaker, squeezed("".join(segment.text for segment in segments)))
+        for speaker, segments in groupby(
+            (segment for segment in transcript.segments if segment.text.strip()), speaker_of
+        )
+    ]
+    found = [
+        (speaker, shown(list(cues)))
+        for speaker, cues in groupby(
+            cues(transcript, layout, labels=labels), lambda cue: cue.speaker
+        )
+    ]
+    names = {speaker: squeezed(f"{speaker}:") for speaker, _ in said if speaker and labels}
+    assert found == [(speaker, names.get(speaker or "", "") + text) for speaker, text in said]
+
+
+@UNTIMED
+@given(transcripts, layouts)
+def test_lines_keep_to_the_limits_with_labels(transcript: Transcript, layout: Layout) -> None:
+    for cue in cues(transcript, layout, labels=True):
+        assert len(cue.lines) <= (layout.max_lines or 2)
+        assert all(0 < cells(line) <= (layout.max_line_length or 42) for line in cue.lines)
 
 
 printable = st.text(
@@ -286,3 +320,63 @@ def test_long_transcripts_take_time_in_proportion() -> None:
     parts = [spoken(LONG, 20.0 * n) for n in range(500)]
     found = cues(make(*parts, duration=math.ceil(20 * 500)))
     assert len(found) == 1000
+
+
+# Speakers ---------------------------------------------------------------------------------------
+
+
+def by(speaker: str | None, segment: Segment) -> CorrectedSegment:
+    values = {part.name: getattr(segment, part.name) for part in fields(Segment)}
+    return CorrectedSegment(**values, speaker=speaker)
+
+
+TALK = make(
+    by("Anna", spoken("Yes.")),
+    by("Anna", spoken("No.", 2.0)),
+    by("Bob & <Co>", spoken("So what?", 4.0)),
+    by(None, spoken("Hm.", 6.0)),
+    by("Anna", spoken("Well.", 8.0)),
+    duration=10,
+)
+
+
+def test_srt_names_who_begins_to_speak() -> None:
+    assert [cue.content for cue in srt.parse(subtitles.srt(TALK))] == [
+        "Anna: Yes.", "No.", "Bob & <Co>: So what?", "Hm.", "Anna: Well."
+    ]  # fmt: skip
+
+
+def test_vtt_has_voices() -> None:
+    found = subtitles.vtt(TALK)
+    assert "\n<v Anna>Yes.\n" in found
+    assert "\n<v Bob &amp; &lt;Co&gt;>So what?\n" in found
+    captions = webvtt.from_string(found).captions
+    assert [(unescaped(c.voice or ""), c.text) for c in captions] == [
+        ("Anna", "Yes."), ("Anna", "No."), ("Bob & <Co>", "So what?"), ("", "Hm."),
+        ("Anna", "Well."),
+    ]  # fmt: skip
+
+
+def test_txt_has_a_paragraph_for_each_turn() -> None:
+    assert subtitles.txt(TALK) == ("Anna: Yes. No.\n\nBob & <Co>: So what?\n\nHm.\n\nAnna: Well.\n")
+
+
+def test_tsv_has_whispers_columns_and_names_who_speaks_in_each_row() -> None:
+    rows = [row.split("\t") for row in subtitles.tsv(TALK).splitlines()]
+    assert rows[0] == ["start", "end", "text"]
+    assert [row[2] for row in rows[1:]] == [
+        "Anna: Yes.", "Anna: No.", "Bob & <Co>: So what?", "Hm.", "Anna: Well."
+    ]  # fmt: skip
+
+
+def test_a_name_stands_with_the_words_and_counts_in_the_line() -> None:
+    found = cues(make(by("Anna Maria", spoken(LONG))), labels=True)
+    assert found[0].lines[0].startswith("Anna Maria: For many years")
+    assert all(cells(line) <= 42 for cue in found for line in cue.lines)
+    assert "Anna" not in shown(found[1:])
+
+
+def test_short_neighbours_of_two_speakers_share_no_cue() -> None:
+    answers = [by(name, spoken("Yes.", 0.4 * n, pace=0.08)) for n, name in enumerate("ABB")]
+    found = cues(make(*answers, duration=9))
+    assert [(cue.speaker, cue.lines) for cue in found] == [("A", ("Yes.",)), ("B", ("Yes. Yes.",))]

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import PurePosixPath
@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jobs import service, subtitles, transcripts
+from jobs import corrections, service, subtitles, transcripts
+from jobs.corrections import Correction
 from jobs.database import as_user
 from jobs.errors import NotAcceptable, NoTranscript, TranscriptNotReady
 from jobs.models import JobStatus, ProcessingJob, Transcript
@@ -59,10 +60,15 @@ class SegmentDocument(BaseModel):
     flags: list[str] | None = Field(
         None, description="Why to doubt it: repetition, low_confidence, no_speech."
     )
+    speaker: str | None = Field(None, description="Who says it, where somebody has said so.")
+    corrected: Literal[True] | None = Field(
+        None, description="Whether its text was corrected. An empty text: it is left out."
+    )
+    original: str | None = Field(None, description="Its text before that.")
 
 
 class TranscriptDocument(BaseModel):
-    """A completed job's transcript."""
+    """A completed job's transcript, as corrected."""
 
     text: str
     language: str
@@ -104,6 +110,9 @@ class TranscriptQuery(BaseModel):
     download: bool = Field(
         default=False, description="Offer the answer as a file, named as the audio."
     )
+    original: bool = Field(
+        default=False, description="As it was transcribed, without what was corrected since."
+    )
 
     @property
     def layout(self) -> Layout:
@@ -124,6 +133,7 @@ class _Found:
     """A job with its transcript, or with what there is of it."""
 
     job: ProcessingJob
+    corrections: Sequence[Correction] = ()
     partial: PartialTranscript | None = None
     so_far: Transcript | None = None
 
@@ -156,6 +166,7 @@ async def get_transcript(
 ) -> Response:
     """Get a transcript as json, txt, srt, vtt or tsv, whichever `Accept` prefers.
 
+    It is as it was corrected, unless `original` is asked for.
     While the job runs, the answer is what there is of it, and says so in the header
     `Pgscribe-Partial`. 409 with `transcript_not_ready` while there can't be any, and with
     `no_transcript` for failed and cancelled jobs.
@@ -202,11 +213,11 @@ async def _answer(  # noqa: PLR0913, PLR0917
     query: TranscriptQuery,
     headers: TranscriptHeaders,
 ) -> Response:
-    found = await _find(request, user, job_id, name)
+    found = await _find(request, user, job_id, name, query)
     if found.partial is not None:
         more = {_PARTIAL: "true", "Cache-Control": "no-store"}
     else:
-        more = {"ETag": _etag(found.job, name, query), "Cache-Control": "private, no-cache"}
+        more = {"ETag": _etag(found, name, query), "Cache-Control": "private, no-cache"}
         if _matches(headers.if_none_match, more["ETag"]):
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=more)
     if query.download:
@@ -217,11 +228,15 @@ async def _answer(  # noqa: PLR0913, PLR0917
     return Response(text, headers=more)
 
 
-async def _find(request: Request, user: Principal, job_id: UUID, name: str) -> _Found:
+async def _find(
+    request: Request, user: Principal, job_id: UUID, name: str, query: TranscriptQuery
+) -> _Found:
     async with as_user(request.app.state.pool, user.claims) as conn:
         job = await service.get(conn, job_id)
         if job.status is JobStatus.COMPLETED:
-            return _Found(job)
+            return _Found(
+                job, () if query.original else await transcripts.corrections(conn, job_id)
+            )
         if job.status.ended:
             code = f" with {job.error_code}" if job.error_code else ""
             raise NoTranscript(f"The job is {job.status}{code}, so it has no transcript")
@@ -229,15 +244,19 @@ async def _find(request: Request, user: Principal, job_id: UUID, name: str) -> _
         if job.status is JobStatus.QUEUED and not partial.chunks:
             raise TranscriptNotReady
         timed = name not in {"json", "txt"}
-        return _Found(job, partial, await transcripts.so_far(conn, job) if timed else None)
+        return _Found(job, (), partial, await transcripts.so_far(conn, job) if timed else None)
 
 
 def _render(found: _Found, name: str, layout: Layout) -> str:
     if found.partial is None:
         assert found.job.result is not None
-        if name == "json":
+        if name == "json" and not found.corrections:
             return json.dumps(found.job.result, ensure_ascii=False)
-        return subtitles.FORMATS[name](Transcript.from_dict(found.job.result), layout)
+        transcript = Transcript.from_dict(found.job.result)
+        if found.corrections:
+            task = found.job.options.get("task", "transcribe")
+            transcript = corrections.apply(transcript, found.corrections, task=task)
+        return subtitles.FORMATS[name](transcript, layout)
     if found.so_far is not None:
         return subtitles.FORMATS[name](found.so_far, layout)
     if name == "txt":
@@ -250,9 +269,11 @@ def _partial_document(job: ProcessingJob, partial: PartialTranscript) -> Partial
     return PartialDocument(**values, ready=partial.ready, chunks=partial.chunks)
 
 
-def _etag(job: ProcessingJob, name: str, query: TranscriptQuery) -> str:
-    moment = int(job.updated_at.timestamp() * 1_000_000)
-    return f'"{moment:x}.{name}.{query.max_line_length or ""}.{query.max_lines or ""}"'
+def _etag(found: _Found, name: str, query: TranscriptQuery) -> str:
+    moment = int(found.job.updated_at.timestamp() * 1_000_000)
+    corrected = corrections.fingerprint(found.corrections)
+    layout = f"{query.max_line_length or ''}.{query.max_lines or ''}"
+    return f'"{moment:x}.{name}.{layout}{corrected and "."}{corrected}"'
 
 
 def _matches(if_none_match: str | None, etag: str) -> bool:
