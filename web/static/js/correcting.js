@@ -4,6 +4,8 @@ import { api } from "./api.js";
 import { h } from "./dom.js";
 import { clock } from "./format.js";
 
+const AT_ONCE = 5000; // corrections in one request, as the API allows
+
 /**
  * Return the form for a segment. `done(transcript)` is called at its end: with the transcript as it is then, or with
  * null if nothing was changed.
@@ -71,7 +73,9 @@ export function editor(segment, done) {
   async function send(corrections) {
     save.disabled = true;
     try {
-      await api("PATCH", `${view.path}/corrections`, { body: { corrections } });
+      for (let sent = 0; sent < corrections.length; sent += AT_ONCE) {
+        await api("PATCH", `${view.path}/corrections`, { body: { corrections: corrections.slice(sent, sent + AT_ONCE) } });
+      }
       done(await api("GET", `${view.path}/transcript.json`));
     } catch (error) {
       problem.textContent = error.message;

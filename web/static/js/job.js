@@ -110,7 +110,7 @@ async function showResult() {
   byId("player").hidden = false;
   const duration = transcript.duration;
   player = new Player({ source: `${path}/audio`, duration, peaks: waveform.peaks, doubts: doubtsOf(transcript) });
-  view = new TranscriptView(byId("segments"), transcript, player, path);
+  view = new TranscriptView(byId("segments"), transcript, player, { path, translated: job.options.task === "translate" });
   const find = new Find(view);
   view.onChange = () => find.update();
   player.onTime = (time, playing) => view.light(time, playing);

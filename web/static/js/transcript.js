@@ -16,9 +16,9 @@ export class TranscriptView {
   #lit = null;
   #current = null;
 
-  constructor(element, transcript, player, path) {
+  constructor(element, transcript, player, { path, translated }) {
     Object.assign(this, { element, transcript, player, path });
-    this.separator = UNSPACED.has(transcript.language) ? "" : " ";
+    this.separator = UNSPACED.has(transcript.language) && !translated ? "" : " ";
     this.segments = transcript.segments.map((segment, index) => new SegmentView(this, segment, index));
     element.replaceChildren(...this.segments.map((segment) => segment.element));
     element.addEventListener("click", (event) => {
@@ -120,7 +120,15 @@ class SegmentView {
       start: word.start,
       element: h("span", { class: "word", "data-start": word.start }, word.word),
     }));
-    this.said.append(...this.words.flatMap(({ element }, index) => (index ? [this.view.separator, element] : [element])));
+    // Between words stands what stands there in the text: a space, nothing, or a mark that belongs to no word.
+    let reached = 0;
+    for (const { element } of this.words) {
+      const word = element.textContent;
+      const at = data.text.indexOf(word, reached);
+      this.said.append(at < 0 ? this.view.separator : data.text.slice(reached, at), element);
+      if (at >= 0) reached = at + word.length;
+    }
+    this.said.append(data.text.slice(reached));
   }
 
   #open() {
