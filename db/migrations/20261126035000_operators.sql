@@ -56,6 +56,7 @@ create index processing_jobs_not_completed_idx on public.processing_jobs (status
   where status in ('failed', 'cancelled');
 
 create type pgscribe.job_place as (id uuid, created_at timestamptz);
+comment on type pgscribe.job_place is 'A job, and its place in a list.';
 
 create function pgscribe.newest_jobs(
   status text, owner uuid, error_code text, most integer, after_at timestamptz, after_id uuid) returns setof pgscribe.job_place
@@ -175,12 +176,16 @@ declare
 begin
   perform pgscribe.require_operator();
   held := pgscribe.hold_jobs(statuses, ids, of_owner, with_error_code);
-  update public.processing_jobs p set cancel_requested_at = now() where p.id = any (held);
-  changed := cardinality(held);
+  changed := 0;
+  -- On a busy server it does as many as there is time for.
+  while changed < cardinality(held) and clock_timestamp() < statement_timestamp() + interval '4 s' loop
+    update public.processing_jobs p set cancel_requested_at = now() where p.id = any (held[changed + 1:changed + 100]);
+    changed := least(changed + 100, cardinality(held));
+  end loop;
   more := exists (select pgscribe.changeable_jobs(statuses, ids, of_owner, with_error_code));
 end $$;
 comment on function public.operator_cancel_jobs is
-  'For operators: cancels up to 1000 jobs: those with these ids, or those of such a status, owner and error. Returns how many, and whether there are more, be it that somebody has them locked.';
+  'For operators: cancels up to 1000 jobs: those with these ids, or those of such a status, owner and error. Returns how many, and whether there are more: others, or some that somebody has locked or that there was no time for.';
 
 create function public.operator_retry_jobs(
   ids uuid[] default null, with_status text default null, of_owner uuid default null, with_error_code text default null,
@@ -199,6 +204,7 @@ begin
   refused := 0;
   held := pgscribe.hold_jobs(statuses, ids, of_owner, with_error_code);
   for job, owner in select p.id, p.user_id from public.processing_jobs p where p.id = any (held) order by p.created_at, p.id loop
+    exit when clock_timestamp() > statement_timestamp() + interval '4 s';
     if owner = any (full_owners) then
       refused := refused + 1;
     elsif owner <> all (busy_owners) then
@@ -280,6 +286,12 @@ create table pgscribe.daily_totals (
 create index daily_totals_day_idx on pgscribe.daily_totals (day);
 comment on table pgscribe.daily_totals is
   'Entries that add up to what the jobs took that ended on a day (UTC): for days before pgscribe.open_day all of them, for later ones those that have been deleted since.';
+comment on column pgscribe.daily_totals.day is 'The day on which the jobs ended, in UTC.';
+comment on column pgscribe.daily_totals.jobs is 'How many they were; -1 takes one out that is tried again.';
+comment on column pgscribe.daily_totals.audio_seconds is 'The audio of those that completed.';
+comment on column pgscribe.daily_totals.gpu_seconds is 'What their calls took of GPUs.';
+comment on column pgscribe.daily_totals.cpu_seconds is 'What their calls took of CPUs.';
+comment on column pgscribe.daily_totals.estimated_cost is 'What that cost, at the prices that the workers were told.';
 
 create table pgscribe.open_day (
   only_row boolean primary key default true check (only_row),
@@ -287,6 +299,8 @@ create table pgscribe.open_day (
 );
 insert into pgscribe.open_day (day) values ((now() at time zone 'UTC')::date - 14);
 comment on table pgscribe.open_day is 'One row: the first day that has not been added up yet.';
+comment on column pgscribe.open_day.only_row is 'True.';
+comment on column pgscribe.open_day.day is 'That day, in UTC.';
 
 create function pgscribe.jobs_took(since timestamptz, until timestamptz) returns setof pgscribe.daily_totals
 language plpgsql stable set search_path = pg_catalog, pg_temp
@@ -404,10 +418,13 @@ language plpgsql stable set search_path = pg_catalog, pg_temp
   set enable_seqscan = off set plan_cache_mode = force_custom_plan set jit = off set work_mem = '32MB' as $$
 begin
   return (
-    with ended as materialized (
-      select p.id, p.user_id, p.status, p.error_code, p.created_at, p.scheduled_at, p.started_at, p.completed_at, p.attempt,
-             case p.status when 'completed' then coalesce(p.audio_seconds, 0) else 0 end as seconds
-        from public.processing_jobs p where p.completed_at >= since),
+    with ended as materialized (  -- by bucket and status, by owner, by error and status, in one pass
+      select p.at, p.user_id, p.error_code, p.status, count(*) as jobs, max(p.completed_at) as last_at, sum(p.seconds) as seconds
+        from (
+          select date_bin(step, e.completed_at, since) as at, e.user_id, e.error_code, e.status, e.completed_at,
+                 case e.status when 'completed' then coalesce(e.audio_seconds, 0) else 0 end as seconds
+            from public.processing_jobs e where e.completed_at >= since) p
+       group by grouping sets ((p.at, p.status), (p.user_id), (p.error_code, p.status))),
     live as materialized (
       select p.user_id, p.status, p.due_at > now() as later, coalesce(p.audio_seconds, p.estimated_seconds, 0) as seconds,
              greatest(p.created_at, p.scheduled_at, p.retry_requested_at) as since
@@ -416,25 +433,27 @@ begin
       select p.user_id, p.status, null, coalesce(p.audio_seconds, p.estimated_seconds, 0), null
         from public.processing_jobs p where p.status = 'processing'),
     buckets as (
-      select b.at, count(e.id) filter (where e.status = 'completed') as completed,
-             count(e.id) filter (where e.status = 'failed') as failed,
-             count(e.id) filter (where e.status = 'cancelled') as cancelled, coalesce(sum(e.seconds), 0) as seconds
-        from generate_series(since, now(), step) b (at)
-        left join ended e on date_bin(step, e.completed_at, since) = b.at
+      select b.at, coalesce(sum(e.jobs) filter (where e.status = 'completed'), 0) as completed,
+             coalesce(sum(e.jobs) filter (where e.status = 'failed'), 0) as failed,
+             coalesce(sum(e.jobs) filter (where e.status = 'cancelled'), 0) as cancelled, coalesce(sum(e.seconds), 0) as seconds
+        from generate_series(since, now(), step) b (at) left join ended e on e.at = b.at
        group by b.at),
     sample as (
       select case when e.attempt = 1 then extract(epoch from e.started_at - greatest(e.created_at, e.scheduled_at)) end as waited,
-             case when e.status = 'completed' then extract(epoch from e.completed_at - e.started_at) end as ran, e.seconds
-        from (select * from ended order by completed_at desc limit 10000) e),
+             case when e.status = 'completed' then extract(epoch from e.completed_at - e.started_at) end as ran, e.audio_seconds
+        from public.processing_jobs e where e.completed_at >= since order by e.completed_at desc limit 10000),
     times as (
       select percentile_cont(array[0.5, 0.95]) within group (order by greatest(waited, 0)) filter (where waited is not null) as waited,
              percentile_cont(array[0.5, 0.95]) within group (order by ran) filter (where ran is not null) as ran,
-             percentile_cont(0.5) within group (order by seconds / nullif(ran, 0)) filter (where ran > 0) as factor,
+             percentile_cont(0.5) within group (order by audio_seconds / nullif(ran, 0)) filter (where ran > 0) as factor,
              count(*) as jobs
         from sample),
     failures as (
-      select f.error_code, count(*) as jobs, max(f.completed_at) as last_at, (array_agg(f.id order by f.completed_at desc))[1] as id
-        from ended f where f.status = 'failed' group by f.error_code order by jobs desc, f.error_code limit 50),
+      select e.error_code, e.jobs, e.last_at, (
+               select left(p.error, 1000) from public.processing_jobs p
+                where p.completed_at = e.last_at and p.error_code = e.error_code and p.status || '' = 'failed' limit 1) as example
+        from ended e where e.at is null and e.user_id is null and e.status = 'failed'
+       order by e.jobs desc, e.error_code limit 50),
     active as (
       select user_id, sum(queued) as queued, sum(processing) as processing, sum(waiting) as waiting, sum(done) as done
         from (
@@ -443,7 +462,7 @@ begin
                  coalesce(sum(l.seconds) filter (where l.status = 'queued' and l.later is not true), 0) as waiting, 0::float8 as done
             from live l group by l.user_id
           union all
-          select e.user_id, 0, 0, 0, sum(e.seconds) from ended e group by e.user_id
+          select e.user_id, 0, 0, 0, e.seconds from ended e where e.user_id is not null
           union all
           select o.owner_id, 0, 0, 0, 0 from pgscribe.owner_limits o where o.paused_at is not null) a
        group by user_id),
@@ -471,8 +490,7 @@ begin
                   'run', jsonb_build_object('p50', t.ran[1], 'p95', t.ran[2]),
                   'real_time_factor', jsonb_build_object('p50', t.factor)) from times t),
       'failures', (select coalesce(jsonb_agg(jsonb_build_object('error_code', f.error_code, 'jobs', f.jobs, 'last_at', f.last_at,
-                     'example', left(p.error, 1000)) order by f.jobs desc, f.error_code), '[]')
-                     from failures f join public.processing_jobs p on p.id = f.id),
+                     'example', f.example) order by f.jobs desc, f.error_code), '[]') from failures f),
       'owners', (select coalesce(jsonb_agg(jsonb_build_object('owner_id', o.user_id, 'email', o.email, 'queued', o.queued,
                    'processing', o.processing, 'waiting_audio_seconds', o.waiting, 'share', coalesce(o.share, 0),
                    'audio_seconds', o.done, 'weight', o.weight, 'max_running', o.max_running, 'paused_at', o.paused_at) order by o.place), '[]')
@@ -490,7 +508,7 @@ declare
   since timestamptz := date_bin(step, now() - make_interval(hours => hours), '2000-01-01 00:00+00');
 begin
   perform pgscribe.require_operator();
-  if hours not between 1 and 720 then
+  if (hours between 1 and 720) is not true then
     raise invalid_parameter_value using message = 'hours: must be from 1 to 720';
   end if;
   return jsonb_build_object('now', now(), 'hours', hours, 'since', since, 'bucket_seconds', extract(epoch from step))
