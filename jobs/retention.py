@@ -95,8 +95,6 @@ async def delete_audio(pool: Pool, storage: Storage) -> int:
 
 
 async def add_up_usage(pool: Pool) -> None:
-    """Add what jobs have used to what their owners have used this month, and close a day."""
+    """Add what jobs have used to what their owners have used this month."""
     async with pool.connection() as conn:
         await conn.execute(RETENTION["add_up_usage"])
-    async with pool.connection() as conn:  # neither keeps the other from being done
-        await conn.execute(RETENTION["close_day"])

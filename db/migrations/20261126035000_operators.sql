@@ -372,6 +372,21 @@ comment on function pgscribe.keep_day_of_deleted is 'What a job took stays count
 create trigger keep_day_of_deleted after delete on public.processing_jobs
   referencing old table as old_rows for each statement execute function pgscribe.keep_day_of_deleted();
 
+-- Workers of any version call this once a minute.
+create or replace function pgscribe.add_up_usage() returns integer
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select pgscribe.close_day();
+  with news as (delete from pgscribe.usage_news returning *),
+  added as (
+    insert into pgscribe.owner_usage as u (owner_id, month, audio_seconds, jobs)
+    select owner_id, month, sum(audio_seconds), sum(jobs) from news group by 1, 2 order by 1, 2
+    on conflict (owner_id, month) do update set
+      audio_seconds = u.audio_seconds + excluded.audio_seconds, jobs = u.jobs + excluded.jobs)
+  select count(*)::integer from news
+$$;
+comment on function pgscribe.add_up_usage is
+  'Adds what jobs have used since the last time to pgscribe.owner_usage, and what a day took that is over to pgscribe.daily_totals; returns of how many entries of usage.';
+
 create function pgscribe.daily_costs() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   with days as (

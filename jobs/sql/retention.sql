@@ -15,8 +15,5 @@ select pgscribe.forget_deleted_audio(%(paths)s)
 -- add_up_usage --
 select pgscribe.add_up_usage()
 
--- close_day --
-select pgscribe.close_day()
-
 -- audio_pruned --
 select pgscribe.audio_pruned(%(reached)s)
