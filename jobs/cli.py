@@ -18,7 +18,7 @@ import click
 
 from jobs import __version__
 from jobs.errors import PgscribeError
-from jobs.scopes import Scope
+from jobs.scopes import USUAL_SCOPES, Scope
 
 if TYPE_CHECKING:
     import psycopg
@@ -508,7 +508,7 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice([scope.value for scope in Scope]),
-    help="What for; may be given several times [default: everything].",
+    help="What for; may be given several times [default: everything but operate].",
 )
 @click.option("--expires", callback=_lifetime, help="Hours or days, such as 90d [default: never].")
 @click.option(
@@ -534,7 +534,7 @@ def create_key(  # noqa: PLR0913 - one argument per option
             conn,
             name,
             user_id=user_id,
-            scopes={Scope(scope) for scope in scopes or Scope},
+            scopes={Scope(scope) for scope in scopes or USUAL_SCOPES},
             requests_per_minute=requests_per_minute,
             lifetime=expires,
         )
@@ -571,6 +571,53 @@ def revoke_keys(key_ids: tuple[UUID, ...]) -> None:
         for key_id in key_ids:
             api_keys.revoke(conn, key_id)
             click.echo(f"{key_id}  revoked")
+
+
+@main.group()
+def operators() -> None:
+    r"""Say who is an operator: sees the queue and everybody's jobs, may pause, cancel and retry.
+
+    \b
+    What was said in the recordings of others they don't see. See docs/operate.md.
+      pgscribe operators add anna@example.org
+      pgscribe operators remove anna@example.org
+    """
+
+
+@operators.command("add")
+@click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
+@_friendly
+def add_operators(users: tuple[str, ...]) -> None:
+    """Make users operators, from their next request on."""
+    from jobs import operate
+
+    with _database() as conn:
+        for user in users:
+            click.echo(f"{operate.add(conn, user)}  is an operator")
+
+
+@operators.command("list")
+@_friendly
+def list_operators() -> None:
+    """List all operators, in the order in which they were added."""
+    from jobs import operate
+
+    with _database() as conn:
+        for operator in operate.list_all(conn):
+            email = operator.email or "(no e-mail address)"
+            click.echo(f"{operator.user_id}  since {operator.added_at:%Y-%m-%d}  {email}")
+
+
+@operators.command("remove")
+@click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
+@_friendly
+def remove_operators(users: tuple[str, ...]) -> None:
+    """Make users operators no more, from their next request on."""
+    from jobs import operate
+
+    with _database() as conn:
+        for user in users:
+            click.echo(f"{operate.remove(conn, user)}  is no operator")
 
 
 @contextmanager

@@ -102,6 +102,12 @@ class ScopeMissing(NotAllowed):
         self.scope = scope
 
 
+class NotAnOperator(NotAllowed):
+    """Only operators may do that; `pgscribe operators add <user id>` makes somebody one."""
+
+    code = "not_an_operator"
+
+
 class RateLimited(PgscribeError):
     """Too many requests. ``limit`` is how many a minute may hold, ``retry_after`` in seconds."""
 
@@ -126,6 +132,12 @@ class KeyNotFound(PgscribeError):
     """There is no such API key."""
 
     code = "key_not_found"
+
+
+class UserNotFound(PgscribeError):
+    """There is no such user in auth.users."""
+
+    code = "user_not_found"
 
 
 class JobNotFound(PgscribeError):

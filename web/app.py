@@ -20,7 +20,17 @@ from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.pages import ExceptionHandler, as_page
-from web.routes import corrections, docs, events, jobs, openai, pages, transcripts, uploads
+from web.routes import (
+    corrections,
+    docs,
+    events,
+    jobs,
+    openai,
+    operate,
+    pages,
+    transcripts,
+    uploads,
+)
 from web.waiting import Waiters
 
 TAGS = {
@@ -28,6 +38,7 @@ TAGS = {
     "Live": "What happens to jobs, as server-sent events.",
     "Transcripts": "What was said, as text and as subtitles.",
     "Audio": "Recordings in storage.",
+    "Operate": "The queue and everybody's jobs, for operators.",
     "OpenAI-compatible": "Transcriptions as OpenAI's API has them: change `base_url`, no more.",
 }
 
@@ -38,6 +49,7 @@ ENDPOINTS = [
     *transcripts.endpoint.all,
     *corrections.endpoint.all,
     *uploads.endpoint.all,
+    *operate.endpoint.all,
     *openai.endpoint.all,
 ]
 

@@ -1,4 +1,5 @@
--- What an operator does to queues and owners.
+-- What operators do. What begins with operator_ runs as the user, and the database asks whether they are one; the rest
+-- is for the command line.
 
 -- pause_queue --
 select public.pause_queue(%(name)s)
@@ -19,3 +20,49 @@ select public.limit_owner(
 -- limit_owners --
 select public.limit_owners(
   %(max_running)s, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)
+
+-- find_users --
+select u.id, u.email from auth.users u
+ where u.deleted_at is null and (u.id::text = lower(%(user)s) or lower(u.email) = lower(%(user)s)) limit 2
+
+-- add_operator --
+insert into pgscribe.operators (user_id) values (%(id)s) on conflict do nothing
+
+-- remove_operator --
+delete from pgscribe.operators where user_id = %(id)s
+
+-- list_operators --
+select o.user_id, u.email, o.added_at
+  from pgscribe.operators o join auth.users u on u.id = o.user_id order by o.added_at, o.user_id
+
+-- is_operator --
+select public.is_operator()
+
+-- operator_overview --
+select public.operator_overview(%(hours)s, %(stall_timeout)s)
+
+-- operator_jobs --
+select id, owner_id, email, file_path, options, status, progress, attempt, created_at, started_at, completed_at, due_at,
+       audio_seconds, error_code, error, usage
+  from public.operator_jobs(
+    %(status)s, %(owner)s, %(error_code)s, %(limit)s, %(after_at)s, %(after_id)s)
+
+-- operator_cancel_jobs --
+select changed, more, 0 as refused
+  from public.operator_cancel_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s)
+
+-- operator_retry_jobs --
+select changed, more, refused
+  from public.operator_retry_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s)
+
+-- operator_pause_queue --
+select public.operator_pause_queue()
+
+-- operator_resume_queue --
+select public.operator_resume_queue()
+
+-- operator_pause_owner --
+select public.operator_pause_owner(%(owner)s)
+
+-- operator_resume_owner --
+select public.operator_resume_owner(%(owner)s)

@@ -13,7 +13,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import database
 from jobs.queue import ClaimedJob, OutcomeName, Queue
 from jobs.settings import Settings
-from jobs.sql import JOBS
+from jobs.sql import JOBS, OPERATE
 
 pytestmark = pytest.mark.anyio
 
@@ -200,6 +200,22 @@ class Steps:
         rows = self._as_owner(JOBS["list"], values)
         assert len(rows) == 20 or status == "failed"
 
+    async def operator_lists(self, rows: int, **chosen: object) -> None:
+        values = {"status": None, "owner": None, "error_code": None, "limit": 20, **chosen}
+        values |= {"after_at": None, "after_id": None}
+        assert len(self._as_owner(OPERATE["operator_jobs"], values)) >= rows
+
+    async def operator_looks(self) -> None:
+        values = {"hours": 24, "stall_timeout": 30}
+        ((seen,),) = self._as_owner(OPERATE["operator_overview"], values)
+        assert seen["ended"]["completed"] > 1000
+        assert sum(day["jobs"] for day in seen["costs"]) > 14 * 1000
+
+    async def operator_changes(self, action: str, **chosen: object) -> None:
+        values = {"ids": None, "status": None, "owner": None, "error_code": None, **chosen}
+        ((changed, more, _),) = self._as_owner(OPERATE[f"operator_{action}_jobs"], values)
+        assert (changed > 0, more) == (True, False)
+
     async def delete(self) -> None:
         row = self._conn.execute(
             "insert into processing_jobs (user_id, file_path)"
@@ -259,3 +275,49 @@ async def test_what_is_read_does_not_depend_on_finished_jobs(
     for _ in range(8):
         for name, rows, step in plan:
             check(name, await meter.measure(step()), rows=rows)
+
+
+@pytest.mark.parametrize(
+    "full_database",
+    [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)],
+    indirect=True,
+)
+async def test_what_operators_read_does_not_depend_on_finished_jobs(
+    full_database: list[UUID], conn: psycopg.Connection, queue: Queue, meter: Meter
+) -> None:
+    worker = await queue.register()
+    steps = Steps(conn, queue, worker, full_database)
+    conn.execute("insert into pgscribe.operators (user_id) values (%s)", (full_database[0],))
+    while conn.execute("select pgscribe.close_day()").fetchone() == (True,):
+        pass
+    await steps.insert(100)
+    await steps.claim()
+    await steps.end_and_claim()  # some fail, some are cancelled
+    row = conn.execute(
+        "select count(*) from processing_jobs where completed_at > now() - interval '49 hours'"
+    ).fetchone()
+    assert row is not None
+    lately = row[0]
+    lists: list[tuple[int, dict[str, object]]] = [
+        (20, {}),
+        (20, {"status": "completed"}),
+        (20, {"status": "queued"}),
+        (2, {"status": "failed"}),
+        (2, {"status": "cancelled"}),
+        (10, {"status": "processing"}),
+        (2, {"error_code": "internal_error"}),
+        (0, {"error_code": "internal_error", "owner": full_database[1]}),
+        (20, {"owner": full_database[0]}),
+        (0, {"owner": full_database[0], "status": "failed"}),
+    ]
+    for _ in range(8):
+        for rows, chosen in lists:
+            read = await meter.measure(steps.operator_lists(rows, **chosen))
+            # Of each of twenty owners' lists the beginning is read, where there is no other.
+            check(str(chosen), read, rows=40)
+        # The window's, today's and those that wait or run; nothing else of the past 20 days.
+        check("overview", await meter.measure(steps.operator_looks()), rows=lately // 5)
+    cancel = steps.operator_changes("cancel", owner=full_database[0], status="queued")
+    check("cancel", await meter.measure(cancel), rows=100)
+    retry = steps.operator_changes("retry", owner=full_database[0])
+    check("retry", await meter.measure(retry), rows=100)

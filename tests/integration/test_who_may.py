@@ -14,7 +14,7 @@ import pytest
 
 from db.embedded import EmbeddedPostgres
 from jobs import keys
-from jobs.scopes import Scope
+from jobs.scopes import USUAL_SCOPES, Scope
 from jobs.settings import Settings
 from tests.conftest import TEMPLATE
 from tests.live import serve
@@ -27,13 +27,14 @@ USER = "Pgscribe-User"
 
 @dataclass
 class Site:
-    """A server with two users and a job of the owner's whose audio is in storage."""
+    """A server with two users, an operator and a job of the owner's whose audio is in storage."""
 
     http: httpx2.Client
     conn: psycopg.Connection
     settings: Settings
     owner: UUID
     other: UUID
+    operator: UUID
     storage: Path
 
     def new_job(self) -> UUID:
@@ -80,11 +81,14 @@ def site(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -
         failed_rate_limit=0,
         openai_wait=1,
     )
-    owner, other = uuid4(), uuid4()
+    owner, other, operator = uuid4(), uuid4(), uuid4()
     with psycopg.connect(url, autocommit=True) as conn, serve(create_app(settings)) as base:
-        conn.execute("insert into auth.users (id) values (%s), (%s)", (owner, other))
+        conn.execute(
+            "insert into auth.users (id) values (%s), (%s), (%s)", (owner, other, operator)
+        )
+        conn.execute("insert into pgscribe.operators (user_id) values (%s)", (operator,))
         with httpx2.Client(base_url=base, timeout=30) as http:
-            yield Site(http, conn, settings, owner, other, folder / "storage")
+            yield Site(http, conn, settings, owner, other, operator, folder / "storage")
     postgres.drop_database("who_may")
 
 
@@ -97,6 +101,7 @@ class Ask:
     stranger: int  # for another user who is signed in
     scope: Scope | None
     arguments: dict[str, Any] = field(default_factory=dict)
+    operator: int | None = None  # for an operator, where the owner may not
 
 
 def asks(site: Site) -> dict[tuple[str, str], Ask]:
@@ -105,7 +110,22 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
     submission = {"filePath": f"{site.owner}/a.mp3"}
     file = {"files": {"file": ("a.mp3", b"sound")}, "data": {"model": "whisper-1"}}
     read, write = Scope.JOBS_READ, Scope.JOBS_WRITE
+    chosen = {"json": {"filter": {"owner": str(site.owner), "error_code": "none"}}}
+    owner = f"/operate/owners/{site.owner}"
+
+    def operate(path: str, good: int, arguments: dict[str, Any] | None = None) -> Ask:
+        return Ask(path, 403, 403, Scope.OPERATE, arguments or {}, operator=good)
+
     return {
+        ("GET", "/me"): Ask("/me", 200, 200, None),
+        ("GET", "/operate/overview"): operate("/operate/overview", 200),
+        ("GET", "/operate/jobs"): operate("/operate/jobs", 200),
+        ("POST", "/operate/jobs/cancel"): operate("/operate/jobs/cancel", 200, chosen),
+        ("POST", "/operate/jobs/retry"): operate("/operate/jobs/retry", 200, chosen),
+        ("POST", "/operate/queue/pause"): operate("/operate/queue/pause", 204),
+        ("POST", "/operate/queue/resume"): operate("/operate/queue/resume", 204),
+        ("POST", "/operate/owners/{owner_id}/pause"): operate(f"{owner}/pause", 204),
+        ("POST", "/operate/owners/{owner_id}/resume"): operate(f"{owner}/resume", 204),
         ("GET", "/jobs/events"): Ask("/jobs/events", 200, 200, read),
         ("GET", "/jobs/{job_id}/events"): Ask(f"{job}/events", 200, 404, read),
         ("POST", "/process"): Ask("/process", 202, 403, write, {"json": submission}),
@@ -186,6 +206,11 @@ def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
     expect(ask.good, site.key(site.owner), "the owner's key")
     ask = asks(site)[route]
     expect(ask.good, site.key(None) | {USER: str(site.owner)}, "a service for the owner")
+    if ask.operator is not None:
+        expect(ask.operator, site.token(site.operator), "an operator")
+        expect(ask.operator, site.key(site.operator), "an operator's key")
+        expect(403, site.key(site.operator, *USUAL_SCOPES), "an operator's usual key")
+        expect(403, site.token(site.operator, pgscribe_key=str(uuid4())), "a key that is none")
 
 
 def test_a_key_deletes_audio_only_with_the_scope_for_it(site: Site) -> None:
