@@ -129,7 +129,8 @@ def render(
         "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
         "Referrer-Policy": "same-origin",
     }
-    values = {"user": user, "operator": False, **(context or {})}
+    operator = getattr(request.state, "operator", False)
+    values = {"user": user, "operator": operator, **(context or {})}
     return _templates.TemplateResponse(request, template, values, status, headers)
 
 

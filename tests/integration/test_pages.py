@@ -112,6 +112,20 @@ def test_what_is_not_there_is_a_page_too(
     assert site.get("/x", headers=headers).headers["content-type"] == "application/problem+json"
 
 
+def test_operators_have_a_page_of_their_own_from_when_they_are_ones(
+    site: TestClient, headers: Headers, conn: psycopg.Connection, user: UUID
+) -> None:
+    refused = site.get("/app/operate", headers=headers)
+    assert refused.status_code == 403
+    assert "pgscribe operators add" in refused.text
+    assert "/app/operate" not in site.get("/app", headers=headers).text
+    conn.execute("insert into pgscribe.operators (user_id) values (%s)", (user,))
+    assert 'href="/app/operate"' in site.get("/app", headers=headers).text
+    assert "<h1>Operate</h1>" in site.get("/app/operate", headers=headers).text
+    conn.execute("delete from pgscribe.operators")
+    assert site.get("/app/operate", headers=headers).status_code == 403
+
+
 def test_without_a_database_a_page_says_so(
     postgres: EmbeddedPostgres, settings: Settings, headers: Headers
 ) -> None:

@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 
+from jobs import operate as operators
 from jobs import service
 from jobs.database import as_user
-from jobs.errors import JobNotFound
+from jobs.errors import JobNotFound, NotAnOperator
 from web.auth import Principal
 from web.languages import NAMES
 from web.pages import HOME, page_user, render, static_files
@@ -26,7 +27,11 @@ def _signed_in(page: Page) -> Callable[[Request], Awaitable[Response]]:
 
     async def respond(request: Request) -> Response:
         user = await page_user(request)
-        return user if isinstance(user, Response) else await page(request, user)
+        if isinstance(user, Response):
+            return user
+        async with as_user(request.app.state.pool, user.claims) as conn:
+            request.state.operator = await operators.is_operator(conn)
+        return await page(request, user)
 
     return respond
 
@@ -40,6 +45,13 @@ async def jobs(request: Request, user: Principal) -> Response:
     """``GET /app``: upload recordings, watch them being transcribed, find transcripts."""
     languages = sorted((name.title(), code) for code, name in NAMES.items())
     return render(request, "jobs.html", {"languages": languages, "models": MODELS}, user=user)
+
+
+async def operate(request: Request, user: Principal) -> Response:
+    """``GET /app/operate``: the queue, its workers and owners, failures, cost."""
+    if not request.state.operator:
+        raise NotAnOperator
+    return render(request, "operate.html", user=user)
 
 
 async def unknown(_: Request, __: Principal) -> Response:
@@ -66,5 +78,6 @@ def routes() -> list[Route | Mount]:
         static_files(),
         Route(HOME, _signed_in(jobs)),
         Route(f"{HOME}/jobs/{{job_id}}", _signed_in(job)),
+        Route(f"{HOME}/operate", _signed_in(operate)),
         Route(f"{HOME}/{{path:path}}", _signed_in(unknown)),
     ]
