@@ -20,7 +20,17 @@ from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.pages import ExceptionHandler, as_page
-from web.routes import corrections, docs, events, jobs, openai, pages, transcripts, uploads
+from web.routes import (
+    corrections,
+    docs,
+    events,
+    jobs,
+    openai,
+    pages,
+    resumable,
+    transcripts,
+    uploads,
+)
 from web.waiting import Waiters
 
 TAGS = {
@@ -37,6 +47,7 @@ ENDPOINTS = [
     *jobs.endpoint.all,
     *transcripts.endpoint.all,
     *corrections.endpoint.all,
+    *resumable.endpoint.all,
     *uploads.endpoint.all,
     *openai.endpoint.all,
 ]
@@ -81,7 +92,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.events = EventHub(settings)
     app.state.waiters = Waiters()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")
     app.state.authenticator = Authenticator(settings, app.state.pool)
+    app.state.storage = make_storage(settings, signs=True)
     return app

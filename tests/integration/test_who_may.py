@@ -220,9 +220,19 @@ def test_the_others_are_open_to_all_or_take_a_link(site: Site) -> None:
     open_routes = {(e.method, e.path) for e in ENDPOINTS} - set(ROUTES)
     assert open_routes == {
         ("PUT", "/uploads/signed/{token}"),
+        ("POST", "/uploads/resumable/{token}"),
+        ("HEAD", "/uploads/resumable/{token}"),
+        ("PATCH", "/uploads/resumable/{token}"),
+        ("DELETE", "/uploads/resumable/{token}"),
+        ("OPTIONS", "/uploads/resumable/{token}"),  # says what there is, of no upload
         ("GET", "/audio/{token}"),
     }
     assert site.http.put("/uploads/signed/x", content=b"sound").status_code == 403
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Length": "5", "Upload-Offset": "0"}
+    tus["Content-Type"] = "application/offset+octet-stream"
+    for method in ("POST", "HEAD", "PATCH", "DELETE"):
+        answered = site.http.request(method, "/uploads/resumable/x", headers=tus)
+        assert answered.status_code == 403
     assert site.http.get("/audio/x").status_code == 403
     for path in ("/healthz", "/openapi.json", "/docs"):
         assert site.http.get(path).status_code == 200
