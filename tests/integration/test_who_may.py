@@ -138,6 +138,7 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
             "/uploads/a.mp3", 201, 201, Scope.AUDIO_WRITE, {"content": b"sound"}
         ),
         ("GET", "/jobs/{job_id}/audio"): Ask(f"{job}/audio", 307, 404, Scope.AUDIO_READ),
+        ("GET", "/jobs/{job_id}/waveform"): Ask(f"{job}/waveform", 200, 404, Scope.AUDIO_READ),
         # Nobody works on it, so that the wait ends by its limit.
         ("POST", "/v1/audio/transcriptions"): Ask(
             "/v1/audio/transcriptions", 504, 504, write, file

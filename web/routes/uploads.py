@@ -14,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from jobs import service
 from jobs.database import as_user
 from jobs.errors import FileExists, InvalidInput, LinkInvalid, UploadTooLarge
+from jobs.models import Waveform
 from jobs.storage.base import Storage, media_type
 from jobs.storage.local import LocalStorage, served_type
 from web.endpoints import Answer, Endpoints, Principal, Scope
@@ -203,6 +204,19 @@ async def job_audio(request: Request, user: Principal, job_id: UUID, query: Audi
     name = job.file_path.rpartition("/")[2] if query.download else None
     url = await storage.sign_download(job.file_path, seconds=LISTENING, download_name=name)
     return RedirectResponse(url)
+
+
+@endpoint(
+    "GET",
+    "/jobs/{job_id}/waveform",
+    scope=Scope.AUDIO_READ,
+    answers={HTTPStatus.OK: Answer("The waveform", Waveform)},
+)
+async def job_waveform(request: Request, user: Principal, job_id: UUID) -> Response:
+    """See what a job's recording looks like: peaks, for a player to draw."""
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        found = await service.waveform(conn, job_id)
+    return JSONResponse(found.model_dump(mode="json"))
 
 
 @endpoint(
