@@ -164,6 +164,47 @@ class LinkInvalid(PgscribeError):
     code = "link_invalid"
 
 
+class LinkExpired(LinkInvalid):
+    """The link has expired; ask for a new one."""
+
+
+class UploadGone(PgscribeError):
+    """There is no such upload, or no more; begin it again, or ask for a new one."""
+
+    code = "upload_gone"
+
+
+class UploadLocked(PgscribeError):
+    """Another request is writing to this upload; ask how much has arrived in a moment."""
+
+    code = "upload_locked"
+    retry_after = 3.0
+
+
+class UploadStalled(PgscribeError):
+    """No more bytes came; ask how much has arrived, and go on there."""
+
+    code = "upload_stalled"
+
+
+class OffsetConflict(PgscribeError):
+    """The upload has another offset; ask how much has arrived, and go on there."""
+
+    code = "offset_conflict"
+
+
+class UnsupportedVersion(PgscribeError):
+    """The protocol's version is not supported."""
+
+    code = "unsupported_version"
+
+
+class UnsupportedMediaType(PgscribeError):
+    """The body's media type is not supported."""
+
+    code = "unsupported_media_type"
+
+
 class StorageUnavailable(PgscribeError):
     """The storage does not answer; try again in a moment."""
 

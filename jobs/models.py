@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.errors import InvalidInput
 from modal_functions.transcript import Segment, Transcript, TranscriptionOptions, Word
@@ -157,6 +157,16 @@ class SearchPage:
 
     results: list[SearchResult]
     next: Cursor | None
+
+
+class Waveform(BaseModel):
+    """What a recording looks like, for players to draw."""
+
+    duration: float | None = Field(description="In seconds, once the audio has been prepared.")
+    peaks: list[int] = Field(
+        description="The loudest sample of each of so many equal shares, at most 2,000: 0 to 255, "
+        "the format's full range. None: the audio has not been prepared yet, or long ago."
+    )
 
 
 class Limit(BaseModel):

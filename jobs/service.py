@@ -31,6 +31,7 @@ from jobs.models import (
     ProcessingJob,
     SearchPage,
     SearchResult,
+    Waveform,
 )
 from jobs.sql import JOBS
 
@@ -235,6 +236,16 @@ async def get(conn: Connection, job_id: UUID) -> ProcessingJob:
     if job is None:
         raise JobNotFound
     return job
+
+
+async def waveform(conn: Connection, job_id: UUID) -> Waveform:
+    """Return what a job's recording looks like, as far as known. Raises ``JobNotFound``."""
+    async with conn.cursor(row_factory=class_row(Waveform)) as cursor:
+        await cursor.execute(JOBS["waveform"], {"id": job_id})
+        found = await cursor.fetchone()
+    if found is None:
+        raise JobNotFound
+    return found
 
 
 async def attempts(conn: Connection, job_id: UUID) -> list[dict[str, Any]]:

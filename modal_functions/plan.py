@@ -33,12 +33,13 @@ class Plan:
     """The spans of a recording, in order; they cover each of its samples exactly once.
 
     `name` is the recording's for messages, `pcm` is the file that holds its samples, see
-    `audio.decode_to_file`.
+    `audio.decode_to_file`, and `peaks` are what it looks like, see `waveform.peaks`.
     """
 
     name: str
     pcm: Path
     spans: tuple[Span, ...]
+    peaks: tuple[int, ...] = ()
 
     @property
     def sample_count(self) -> int:
@@ -58,10 +59,12 @@ class Plan:
             "sample_count": self.sample_count,
             "duration": self.duration,
             "spans": [asdict(span) for span in self.spans],
+            "peaks": list(self.peaks),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` returned."""
+        """Read what `to_dict` returned; peaks are not kept with the rest."""
         spans = tuple(Span(**span) for span in data["spans"])
-        return cls(name=data["name"], pcm=Path(data["pcm"]), spans=spans)
+        peaks = tuple(data.get("peaks", ()))
+        return cls(name=data["name"], pcm=Path(data["pcm"]), spans=spans, peaks=peaks)

@@ -20,6 +20,7 @@ from modal_functions.merging import no_speech
 from modal_functions.plan import Plan
 from modal_functions.splitting import MAX_SECONDS, MIN_SECONDS, split
 from modal_functions.transcript import Transcript, TranscriptionOptions
+from modal_functions.waveform import peaks
 
 
 def transcribe_file(
@@ -63,7 +64,7 @@ def prepare(  # noqa: PLR0913 - each has a name
     if all(is_silent(read_span(pcm, span)) for span in spans):
         pcm.unlink()
         raise _silent(source)
-    return Plan(display_name(source), pcm, spans)
+    return Plan(display_name(source), pcm, spans, peaks(open_pcm(pcm)))
 
 
 def transcribe_chunk(

@@ -3,7 +3,7 @@
 import logging
 import re
 
-_LINK = re.compile(r"^(/(?:uploads/signed|audio)/)[^?]+")
+_LINK = re.compile(r"^(/(?:uploads/(?:signed|resumable)|audio)/)[^?]+")
 
 
 class HideLinks(logging.Filter):

@@ -28,6 +28,7 @@ from web.routes import (
     openai,
     operate,
     pages,
+    resumable,
     transcripts,
     uploads,
 )
@@ -48,6 +49,7 @@ ENDPOINTS = [
     *jobs.endpoint.all,
     *transcripts.endpoint.all,
     *corrections.endpoint.all,
+    *resumable.endpoint.all,
     *uploads.endpoint.all,
     *operate.endpoint.all,
     *openai.endpoint.all,
@@ -93,7 +95,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.events = EventHub(settings)
     app.state.waiters = Waiters()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.storage = make_storage(settings)
     app.state.pool = database.make_pool(settings, name="web")
     app.state.authenticator = Authenticator(settings, app.state.pool)
+    app.state.storage = make_storage(settings, signs=True)
     return app

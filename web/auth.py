@@ -182,7 +182,7 @@ class Authenticator:
             raise
         allowance = self._requests.take(principal.limit_key, principal.requests_per_minute)
         if allowance is not None:
-            request.state.response_headers = allowance.headers
+            request.state.response_headers.update(allowance.headers)
         return principal
 
     async def _identify(self, request: Request) -> Principal:

@@ -74,6 +74,8 @@ class Endpoint:
     #: Media type and model of a body that the handler reads by itself, for the documentation.
     raw_body: Mapping[str, type[BaseModel] | None]
     error_form: ErrorForm | None = None
+    #: Those of all answers, errors too.
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path_parameters(self) -> list[str]:
@@ -88,6 +90,8 @@ class Endpoint:
         """Answer a request. Raises what ``web.problems`` answers."""
         arguments: dict[str, Any] = {}
         allow_body(request, self.max_body)
+        if self.headers:
+            request.state.response_headers.update(self.headers)
         if "user" in self.takes:
             arguments["user"] = await authenticate(request)
             if self.scope is not None:
@@ -104,11 +108,21 @@ class Endpoint:
 
 
 class Endpoints:
-    """The endpoints of one module, in the order in which they are matched."""
+    """The endpoints of one module, in the order in which they are matched.
 
-    def __init__(self, tag: str, *, error_form: ErrorForm | None = None) -> None:
+    ``headers`` are those of all answers, errors too.
+    """
+
+    def __init__(
+        self,
+        tag: str,
+        *,
+        error_form: ErrorForm | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._tag = tag
         self._error_form = error_form
+        self._headers = headers or {}
         self.all: list[Endpoint] = []
 
     def __call__(  # noqa: PLR0913 - a declaration, by name
@@ -124,7 +138,8 @@ class Endpoints:
     ) -> Callable[[HandlerT], HandlerT]:
         """Declare the decorated coroutine as the endpoint of ``method`` ``path``.
 
-        ``problems``: statuses beside those that follow from what the endpoint takes.
+        ``problems``: statuses beside those that follow from what the endpoint takes. ``GET``
+        answers ``HEAD`` as well, unless the path has an endpoint for that.
         """
 
         def declare(handler: HandlerT) -> HandlerT:
@@ -134,7 +149,7 @@ class Endpoints:
                 Endpoint(
                     method, path, handler, self._tag, scope, answers,
                     frozenset(problems) | _usual_problems(path, takes, raw_body), max_body, takes,
-                    raw_body or {}, self._error_form,
+                    raw_body or {}, self._error_form, self._headers,
                 )
             )  # fmt: skip
             return handler
@@ -152,8 +167,8 @@ def routes(endpoints: Iterable[Endpoint]) -> list[Route]:
 
 def _respond(by_method: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[ASGIApp]]:
     async def respond(request: Request) -> ASGIApp:
-        method = "GET" if request.method == "HEAD" else request.method
-        return await by_method[method].respond(request)
+        endpoint = by_method.get(request.method) or by_method["GET"]  # which answers HEAD, too
+        return await endpoint.respond(request)
 
     return respond
 

@@ -47,6 +47,10 @@ _REQUEST_HEADERS = (
     "Last-Event-ID",
     "Range",
     REQUEST_ID,
+    "Tus-Resumable",
+    "Upload-Length",
+    "Upload-Metadata",
+    "Upload-Offset",
     USER_HEADER,
     *(f"X-Stainless-{name}" for name in _STAINLESS),
 )
@@ -61,6 +65,13 @@ _ANSWER_HEADERS = (
     "RateLimit-Policy",
     "Retry-After",
     REQUEST_ID,
+    "Tus-Extension",
+    "Tus-Max-Size",
+    "Tus-Resumable",
+    "Tus-Version",
+    "Upload-Expires",
+    "Upload-Length",
+    "Upload-Offset",
 )
 
 
@@ -139,13 +150,13 @@ class ResponseHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
+        own: dict[str, str] = {}
+        scope.setdefault("state", {})["response_headers"] = own
         usual = _HEADERS | (_HTTPS_HEADERS if scope["scheme"] == "https" else {})
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                own: dict[str, str] = state.get("response_headers", {})
                 for name, value in (usual | own).items():
                     headers.setdefault(name, value)
             await send(message)

@@ -52,6 +52,11 @@ select id, created_at, file_path, language, audio_seconds, hits
 -- get --
 select * from public.processing_jobs where id = %(id)s
 
+-- waveform --
+select p.audio_seconds as duration, coalesce(w.peaks, '{}') as peaks
+  from public.processing_jobs p left join public.processing_job_waveforms w on w.job_id = p.id
+ where p.id = %(id)s
+
 -- status --
 select status, progress from public.processing_jobs where id = %(id)s
 

@@ -7,12 +7,21 @@ from jobs.storage.links import LinkSigner
 from jobs.storage.local import LocalStorage
 
 
-def make_storage(settings: Settings) -> Storage:
-    """Return the storage; close it with ``aclose``. Raises ``SettingsError``."""
-    return _supabase(settings) if settings.storage == "supabase" else _local(settings)
+def make_storage(settings: Settings, *, signs: bool = False) -> Storage:
+    """Return the storage; close it with ``aclose``. Raises ``SettingsError``.
+
+    ``signs``: links are asked of it, so it must be able to sign them.
+    """
+    return _supabase(settings) if settings.storage == "supabase" else _local(settings, signs=signs)
 
 
-def _local(settings: Settings) -> Storage:
+def _local(settings: Settings, *, signs: bool) -> Storage:
+    if signs and settings.jwt_secret is None:
+        raise SettingsError(
+            "Unusable settings:\n  PGSCRIBE_JWT_SECRET: needed to sign the links by which local "
+            "audio is uploaded and played, also where users' tokens are signed by others; set it "
+            "to a random secret of 32 characters or more, or use PGSCRIBE_STORAGE=supabase"
+        )
     by_link = settings.compute == "modal"
     if by_link and (settings.public_url is None or settings.jwt_secret is None):
         raise SettingsError(

@@ -8,10 +8,11 @@ from typing import Any
 
 import jwt
 
-from jobs.errors import LinkInvalid
+from jobs.errors import LinkExpired, LinkInvalid, UploadGone
 
 _ALGORITHM = "HS256"
 _UPLOAD = "pgscribe:upload"
+_RESUMABLE = "pgscribe:resumable"
 _DOWNLOAD = "pgscribe:download"
 
 
@@ -22,6 +23,18 @@ class UploadGrant:
     file_path: str
     max_bytes: int
     content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResumableGrant:
+    """What a link to a resumable upload allows: one file of exactly ``size`` bytes.
+
+    ``expires_at`` is in seconds since the epoch.
+    """
+
+    file_path: str
+    size: int
+    expires_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,11 @@ class LinkSigner:
         claims = {"path": grant.file_path, "max": grant.max_bytes, "type": grant.content_type}
         return self._sign(_UPLOAD, claims, expires_at)
 
+    def sign_resumable(self, grant: ResumableGrant) -> str:
+        """Return a token that allows a resumable upload."""
+        claims = {"path": grant.file_path, "size": grant.size}
+        return self._sign(_RESUMABLE, claims, grant.expires_at)
+
     def sign_download(self, grant: DownloadGrant, *, expires_at: int) -> str:
         """Return a token that allows a download; ``expires_at`` is in seconds since the epoch."""
         return self._sign(
@@ -57,6 +75,14 @@ class LinkSigner:
         """Return what the token allows. Raises ``LinkInvalid``."""
         claims = self._verify(_UPLOAD, token)
         return UploadGrant(claims["path"], claims["max"], claims["type"])
+
+    def verify_resumable(self, token: str) -> ResumableGrant:
+        """Return what the token allows. Raises ``UploadGone`` and ``LinkInvalid``."""
+        try:
+            claims = self._verify(_RESUMABLE, token)
+        except LinkExpired as exc:
+            raise UploadGone("The upload has expired; ask for a new one") from exc
+        return ResumableGrant(claims["path"], claims["size"], claims["exp"])
 
     def verify_download(self, token: str) -> DownloadGrant:
         """Return what the token allows. Raises ``LinkInvalid``."""
@@ -80,7 +106,7 @@ class LinkSigner:
                 options={"require": ["exp", "aud"]},
             )
         except jwt.ExpiredSignatureError as exc:
-            raise LinkInvalid("The link has expired; ask for a new one") from exc
+            raise LinkExpired from exc
         except (jwt.InvalidTokenError, ValueError) as exc:
             raise LinkInvalid from exc
         return claims

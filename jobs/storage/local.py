@@ -6,18 +6,30 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.errors import AudioNotFound, FileExists, LinkInvalid, SettingsError
-from jobs.storage.base import UploadTicket, check_size, empty, media_type, too_large
-from jobs.storage.links import DownloadGrant, LinkSigner, UploadGrant
+from jobs.errors import AudioNotFound, FileExists, LinkInvalid, SettingsError, UploadStalled
+from jobs.storage.base import (
+    RESUMABLE_ABOVE,
+    TUS_CHUNK,
+    UploadTicket,
+    check_size,
+    empty,
+    media_type,
+    too_large,
+)
+from jobs.storage.links import DownloadGrant, LinkSigner, ResumableGrant, UploadGrant
+from jobs.storage.partial import PartialUpload
 
 UPLOAD_PATH = "/uploads/signed/"
+RESUMABLE_PATH = "/uploads/resumable/"
 DOWNLOAD_PATH = "/audio/"
 UPLOAD_SECONDS = 2 * 3600  # as long as Supabase's
+RESUMABLE_SECONDS = 24 * 3600  # large files, slow lines, and people who go on the next morning
+SILENCE = 10.0  # seconds without a byte, after which a client may be gone
 OTHER_TYPE = "application/octet-stream"
 
 
@@ -38,6 +50,7 @@ class LocalStorage:
         locate_seconds: float | None = None,
     ) -> None:
         self._root = root.resolve()
+        self._partial = self._root / ".partial"
         self._max_bytes = max_bytes
         self._links = links
         self._public_url = public_url.rstrip("/")
@@ -51,7 +64,8 @@ class LocalStorage:
             path = (self._root / file_path).resolve()
         except ValueError:  # a NUL character
             path = self._root
-        if self._root not in path.parents:  # a symlink or ".." that leads out
+        inside = self._root in path.parents  # no symlink or ".." leads out
+        if not inside or self._partial in (path, *path.parents):
             raise _not_found(file_path)
         return path
 
@@ -113,6 +127,43 @@ class LocalStorage:
             return False
         return True
 
+    # Resumable uploads
+
+    def _upload(self, grant: ResumableGrant) -> PartialUpload:
+        return PartialUpload(self._partial, self._resolve(grant.file_path), grant)
+
+    async def begin_upload(self, grant: ResumableGrant) -> None:
+        """Make room for an upload; one that has begun stays as it is. Raises ``FileExists``."""
+        await asyncio.to_thread(self._upload(grant).begin)
+
+    async def upload_offset(self, grant: ResumableGrant) -> int:
+        """Return how many bytes of an upload have arrived.
+
+        Raises ``UploadGone`` and, where they all have, ``UploadLocked`` and ``FileExists``.
+        """
+        return await asyncio.to_thread(self._upload(grant).offset)
+
+    async def append(self, grant: ResumableGrant, offset: int, chunks: AsyncIterator[bytes]) -> int:
+        """Add a stream to what has arrived, ``offset`` bytes, and return how many it is then.
+
+        What came before the stream broke off stays. When all is there, the file appears under its
+        name. Raises ``UploadGone``, ``UploadLocked``, ``UploadStalled``, ``OffsetConflict``,
+        ``UploadTooLarge`` and ``FileExists``.
+        """
+        upload = self._upload(grant)
+        with await asyncio.to_thread(upload.open, offset) as file:
+            async for chunk in _not_silent(chunks):
+                offset += len(chunk)
+                if offset > grant.size:
+                    raise too_large(grant.size)
+                await asyncio.to_thread(_write, file, chunk)
+            await asyncio.to_thread(upload.keep, file)
+        return offset
+
+    async def give_up_upload(self, grant: ResumableGrant) -> None:
+        """Delete what has arrived of an upload. Raises ``UploadGone`` and ``UploadLocked``."""
+        await asyncio.to_thread(self._upload(grant).give_up)
+
     # Links
 
     @property
@@ -122,9 +173,11 @@ class LocalStorage:
         return self._links
 
     async def sign_upload(self, file_path: str, *, content_type: str, size: int) -> UploadTicket:
-        """Return a ``PUT`` to this API for one file that is not there yet."""
+        """Return a ``PUT``, or for large files ``TUS``, to this API."""
         check_size(size, self._max_bytes)
         self._resolve(file_path)
+        if size > RESUMABLE_ABOVE:
+            return self._resumable(file_path, size)
         expires_at = int(time.time()) + UPLOAD_SECONDS
         grant = UploadGrant(file_path, size, content_type)
         token = self._signer.sign_upload(grant, expires_at=expires_at)
@@ -134,6 +187,18 @@ class LocalStorage:
             headers={"Content-Type": content_type},
             file_path=file_path,
             expires_at=datetime.fromtimestamp(expires_at, UTC),
+        )
+
+    def _resumable(self, file_path: str, size: int) -> UploadTicket:
+        grant = ResumableGrant(file_path, size, int(time.time()) + RESUMABLE_SECONDS)
+        return UploadTicket(
+            method="TUS",
+            url=f"{self._public_url}{RESUMABLE_PATH}{self._signer.sign_resumable(grant)}",
+            headers={},
+            file_path=file_path,
+            expires_at=datetime.fromtimestamp(grant.expires_at, UTC),
+            chunk_size=TUS_CHUNK,
+            metadata={},
         )
 
     async def sign_download(
@@ -150,6 +215,12 @@ class LocalStorage:
         if self._links is None:
             raise LinkInvalid
         return self._links.verify_upload(token)
+
+    def verify_resumable_token(self, token: str) -> ResumableGrant:
+        """Return what a resumable upload's token allows. Raises ``LinkInvalid``, ``UploadGone``."""
+        if self._links is None:
+            raise LinkInvalid
+        return self._links.verify_resumable(token)
 
     def verify_download_token(self, token: str) -> DownloadGrant:
         """Return what a download link's token allows. Raises ``LinkInvalid``."""
@@ -179,6 +250,24 @@ async def _copy(chunks: AsyncIterable[bytes], file: BinaryIO, limit: int) -> int
     if size == 0:
         raise empty()
     return size
+
+
+async def _not_silent(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield chunks as long as they come: whoever is gone without a word holds nothing up."""
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as exc:
+            raise UploadStalled from exc
+        yield chunk
+
+
+def _write(file: BinaryIO, chunk: bytes) -> None:
+    file.write(chunk)
+    file.flush()  # from now on it survives this process
 
 
 def _put(upload: Path, path: Path, *, replace: bool) -> None:

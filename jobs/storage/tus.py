@@ -1,4 +1,4 @@
-"""Resumable uploads by the TUS protocol (https://tus.io), as Supabase Storage speaks it."""
+"""Resumable uploads by the TUS protocol (https://tus.io), as Supabase Storage and we speak it."""
 
 import asyncio
 import base64
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import BinaryIO
+from urllib.parse import urljoin
 
 import httpx
 
@@ -22,6 +23,7 @@ TRIES = 6  # without a byte of progress
 PAUSES = (0.5, 10.0)  # seconds before the second try, and the longest
 
 _GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
+_EXISTS = ("already exists", FileExists.code)  # Supabase's words, and ours
 _PASSING = {408, 409, 423, 425, 429}  # 409 and 423: another request holds the upload
 
 
@@ -88,9 +90,12 @@ class Upload:
         )
         headers = {"Upload-Length": str(self.size), "Upload-Metadata": ",".join(pairs)}
         response = await self._request("POST", self.endpoint, headers)
-        name = response.headers.get("location", "").rstrip("/").rpartition("/")[2]
+        location = response.headers.get("location", "")
+        name = location.rstrip("/").rpartition("/")[2]
         if response.status_code != HTTPStatus.CREATED or not name:
             raise _Interrupted("no upload was made")
+        if urljoin(self.endpoint, location) == self.endpoint:  # a link of ours is for one upload
+            return self.endpoint
         return f"{self.endpoint}/{name}"
 
     async def _offset(self, url: str) -> int:
@@ -146,7 +151,7 @@ def _status(response: httpx.Response) -> int:
 def _error(response: httpx.Response) -> Exception:
     """Say what a refusal means. Its own text is in no message: only the code is known."""
     status = _status(response)
-    if status == HTTPStatus.CONFLICT and "already exists" in response.text:
+    if status == HTTPStatus.CONFLICT and any(said in response.text for said in _EXISTS):
         return FileExists()
     if status in _GONE:
         return _Gone(f"HTTP {status}")

@@ -260,16 +260,18 @@ def test_the_access_log_has_no_links(app: Starlette, caplog: pytest.LogCaptureFi
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         httpx2.get(f"{url}/audio/top-secret?x=1")
         httpx2.put(f"{url}/uploads/signed/top-secret", content=b"x")
+        httpx2.head(f"{url}/uploads/resumable/top-secret")
         httpx2.get(f"{url}/other/path")
     finally:
         server.should_exit = True
         thread.join()
         logging.getLogger("uvicorn.access").removeFilter(hide)
     said = [r.getMessage() for r in caplog.records if r.name == "uvicorn.access"]
-    assert len(said) == 3
+    assert len(said) == 4
     assert "GET /audio/…?x=1" in said[0]
     assert "PUT /uploads/signed/… " in said[1]
-    assert "/other/path" in said[2]
+    assert "HEAD /uploads/resumable/… " in said[2]
+    assert "/other/path" in said[3]
 
 
 # The storage that the settings name

@@ -104,7 +104,9 @@ def test_without_a_secret_none_is_taken(
     settings: Settings, project: Settings, auth: JwksServer, claims: Claims
 ) -> None:
     token = issue_token(project, UUID(claims["sub"]), lifetime=60)
-    with TestClient(create_app(project.model_copy(update={"jwt_secret": None}))) as api:
+    # Local storage would need the secret for its links.
+    hosted = {"jwt_secret": None, "storage": "supabase", "supabase_secret_key": project.jwt_secret}
+    with TestClient(create_app(project.model_copy(update=hosted))) as api:
         assert ask(api, token).status_code == 401
         assert ask(api, auth.keys[0].sign(claims)).status_code == 200
     with TestClient(create_app(settings)) as api:

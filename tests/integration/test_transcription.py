@@ -20,6 +20,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from db import migrate
 from jobs import database, transcription
 from jobs.calls import CallLog
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe, Usage
@@ -796,6 +797,56 @@ async def test_a_plan_is_stored_once(case: Case) -> None:
     assert case.row()["usage"]["cpu_seconds"] == 3
     assert case.row()["usage"]["calls"] == 1
     assert len(known.chunks) == CHUNKS
+
+
+def waveform(case: Case) -> list[int] | None:
+    query = "select peaks from processing_job_waveforms where job_id = %s"
+    row = case.conn.execute(query, (case.job_id,)).fetchone()
+    return None if row is None else row[0]
+
+
+async def test_peaks_come_with_the_plan_and_are_kept_apart(case: Case) -> None:
+    case.cloud.plan = replace(plan(), peaks=(0, 128, 255))
+    assert (await case.run()).text == TEXT
+    assert waveform(case) == [0, 128, 255]
+    kept = case.conn.execute("select plan from pgscribe.preparations").fetchone()
+    assert kept is not None
+    assert "peaks" not in kept[0]
+    case.end("failed")
+    case.conn.execute("delete from processing_jobs")
+    assert waveform(case) is None
+
+
+async def test_a_second_preparation_has_its_own_peaks(case: Case) -> None:
+    log = CallLog(case.pool, await case.claim())
+    for number, peaks in enumerate([(1, 2), (3,), ()]):
+        call = (await log.load()).preparation
+        await log.note_call(call, f"call-{number}")
+        answer = replace(case.cloud.plan, peaks=peaks).to_dict()
+        for _ in range(2):  # as after a broken connection
+            await log.store_plan(call, Outcome(answer, Usage()))
+    assert waveform(case) == [3], "one without any changes nothing"
+
+
+async def test_functions_of_the_version_before_send_no_peaks(case: Case) -> None:
+    log = CallLog(case.pool, await case.claim())
+    call = (await log.load()).preparation
+    await log.note_call(call, "call-1")
+    answer = case.cloud.plan.to_dict()
+    del answer["peaks"]
+    known = await log.store_plan(call, Outcome(answer, Usage()))
+    assert known.plan == case.cloud.plan
+    assert waveform(case) is None
+
+
+async def test_workers_run_on_the_schema_of_the_version_before(case: Case) -> None:
+    """There the plan is kept as it comes."""
+    (before,) = (m.sql for m in migrate.migrations() if m.name == "limits")
+    start = before.index("create or replace function pgscribe.store_plan")
+    case.conn.execute(before[start : before.index("end $$;", start) + len("end $$;")].encode())
+    case.cloud.plan = replace(plan(), peaks=(0, 128, 255))
+    assert (await case.run()).text == TEXT
+    assert waveform(case) is None
 
 
 async def test_what_was_paid_for_is_kept_while_the_database_is_away(

@@ -158,6 +158,7 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
             "/uploads/a.mp3", 201, 201, Scope.AUDIO_WRITE, {"content": b"sound"}
         ),
         ("GET", "/jobs/{job_id}/audio"): Ask(f"{job}/audio", 307, 404, Scope.AUDIO_READ),
+        ("GET", "/jobs/{job_id}/waveform"): Ask(f"{job}/waveform", 200, 404, Scope.AUDIO_READ),
         # Nobody works on it, so that the wait ends by its limit.
         ("POST", "/v1/audio/transcriptions"): Ask(
             "/v1/audio/transcriptions", 504, 504, write, file
@@ -245,9 +246,19 @@ def test_the_others_are_open_to_all_or_take_a_link(site: Site) -> None:
     open_routes = {(e.method, e.path) for e in ENDPOINTS} - set(ROUTES)
     assert open_routes == {
         ("PUT", "/uploads/signed/{token}"),
+        ("POST", "/uploads/resumable/{token}"),
+        ("HEAD", "/uploads/resumable/{token}"),
+        ("PATCH", "/uploads/resumable/{token}"),
+        ("DELETE", "/uploads/resumable/{token}"),
+        ("OPTIONS", "/uploads/resumable/{token}"),  # says what there is, of no upload
         ("GET", "/audio/{token}"),
     }
     assert site.http.put("/uploads/signed/x", content=b"sound").status_code == 403
+    tus = {"Tus-Resumable": "1.0.0", "Upload-Length": "5", "Upload-Offset": "0"}
+    tus["Content-Type"] = "application/offset+octet-stream"
+    for method in ("POST", "HEAD", "PATCH", "DELETE"):
+        answered = site.http.request(method, "/uploads/resumable/x", headers=tus)
+        assert answered.status_code == 403
     assert site.http.get("/audio/x").status_code == 403
     for path in ("/healthz", "/openapi.json", "/docs"):
         assert site.http.get(path).status_code == 200

@@ -134,6 +134,9 @@ async def test_rows_become_transcripts_also_scheduled_ones(
     transcript = Transcript.from_dict(row["result"])
     assert "lighthouse" in transcript.text.lower()
     assert transcript.language == "en"
+    waveforms = conn.execute("select peaks from processing_job_waveforms").fetchall()
+    assert [len(peaks) for (peaks,) in waveforms] == [2000, 2000]
+    assert 60 < max(waveforms[0][0]) <= 255
     assert transcript.segments[0].words
     assert with_prompt["status"] == "completed"
     queue = conn.execute(

@@ -102,6 +102,7 @@ async def test_a_recording_is_prepared_and_transcribed(
 ) -> None:
     answer = await prepare(modal_client, f"{url}/clip.wav?token=signed")
     plan = Plan.from_dict(answer["plan"])
+    assert len(plan.peaks) == 2000
     parts = []
     for span in plan.spans:
         times = {"start": span.start, "end": span.end}

@@ -14,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from jobs import service
 from jobs.database import as_user
 from jobs.errors import FileExists, InvalidInput, LinkInvalid, UploadTooLarge
+from jobs.models import Waveform
 from jobs.storage.base import Storage, media_type
 from jobs.storage.local import LocalStorage, served_type
 from web.endpoints import Answer, Endpoints, Principal, Scope
@@ -127,9 +128,9 @@ async def upload_by_link(request: Request, token: str) -> Response:
 
     The link says which path and how many bytes at most; a file that is there is not replaced.
     """
-    storage = _local(request)
+    storage = local_storage(request)
     grant = storage.verify_upload_token(token)
-    _check_announced_size(request, grant.max_bytes)
+    check_announced_size(request, grant.max_bytes)
     if await storage.size(grant.file_path) is not None:
         raise FileExists
     size = await storage.save(
@@ -143,14 +144,15 @@ def _stored(file_path: str, size: int) -> Response:
     return JSONResponse(uploaded.model_dump(mode="json", by_alias=True), CREATED)
 
 
-def _local(request: Request) -> LocalStorage:
+def local_storage(request: Request) -> LocalStorage:
+    """Return the storage that this server serves by links. Raises ``LinkInvalid``."""
     storage = request.app.state.storage
     if not isinstance(storage, LocalStorage):
         raise LinkInvalid
     return storage
 
 
-def _check_announced_size(request: Request, limit: int) -> None:
+def check_announced_size(request: Request, limit: int) -> None:
     """Refuse what will be too large before its bytes are sent."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
@@ -171,7 +173,7 @@ async def upload(request: Request, user: Principal, name: str) -> Response:
     The short way, for `curl -T`; browsers and large files ask `POST /uploads` for a link.
     """
     file_path = new_path(request, user, name)
-    _check_announced_size(request, request.app.state.settings.max_upload_bytes)
+    check_announced_size(request, request.app.state.settings.max_upload_bytes)
     storage: Storage = request.app.state.storage
     return _stored(file_path, await storage.save(file_path, request.stream()))
 
@@ -206,6 +208,19 @@ async def job_audio(request: Request, user: Principal, job_id: UUID, query: Audi
 
 @endpoint(
     "GET",
+    "/jobs/{job_id}/waveform",
+    scope=Scope.AUDIO_READ,
+    answers={HTTPStatus.OK: Answer("The waveform", Waveform)},
+)
+async def job_waveform(request: Request, user: Principal, job_id: UUID) -> Response:
+    """See what a job's recording looks like: peaks, for a player to draw."""
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        found = await service.waveform(conn, job_id)
+    return JSONResponse(found.model_dump(mode="json"))
+
+
+@endpoint(
+    "GET",
     "/audio/{token}",
     answers={
         HTTPStatus.OK: Answer("The file", media_types=("audio/*",)),
@@ -215,7 +230,7 @@ async def job_audio(request: Request, user: Principal, job_id: UUID, query: Audi
 )
 async def play_by_link(request: Request, token: str) -> Response:
     """Play from local storage by a link of `GET /jobs/{job_id}/audio`, whole or in ranges."""
-    storage = _local(request)
+    storage = local_storage(request)
     grant = storage.verify_download_token(token)
     headers = {
         "Cache-Control": "private, max-age=3600",

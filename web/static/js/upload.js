@@ -49,6 +49,7 @@ class Tus {
   }
 
   async run() {
+    this.signal?.addEventListener("abort", () => this.#abandon(), { once: true });
     const pauses = new Pauses(this.signal);
     let offset = null;
     while (offset !== this.file.size) {
@@ -90,6 +91,12 @@ class Tus {
       answer.offset = 0;
     }
     return answer;
+  }
+
+  /** Say that what has arrived is no longer wanted; if that gets lost, the server forgets it by itself. */
+  #abandon() {
+    forget(this.file);
+    if (this.location) fetch(this.location, { method: "DELETE", headers: { ...TUS, ...this.ticket.headers }, keepalive: true }).catch(() => {});
   }
 
   #read(answer) {
