@@ -110,7 +110,7 @@ function draw(id, chart) {
 
 function worker({ id, alive, last_heartbeat, holds }) {
   return h("tr", {},
-    h("td", { class: "number" }, String(id)),
+    h("td", {}, String(id)),
     h("td", {}, h("span", { class: `status ${alive ? "completed" : "failed"}` }, alive ? "Alive" : "Silent")),
     h("td", {}, last_heartbeat ? ago(last_heartbeat) : "–"),
     h("td", {}, holds.length ? h("ul", {}, holds.map((job) => h("li", {},
