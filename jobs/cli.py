@@ -101,7 +101,7 @@ def dev(port: int) -> None:
     import shutil
     import time
 
-    from jobs.dev import USER_ID, Embedded, exit_on_signals
+    from jobs.dev import USER_EMAIL, USER_ID, Embedded, exit_on_signals
 
     exit_on_signals()
     program = "pgscribe" if shutil.which("pgscribe") else os.path.relpath(sys.argv[0])
@@ -109,6 +109,8 @@ def dev(port: int) -> None:
         with Embedded(HOME, port=port) as embedded:
             click.echo(
                 f"\npgscribe is up.\n"
+                f"  web app    {embedded.url}/app\n"
+                f"{_sign_in(USER_EMAIL, embedded.sign_in_password)}"
                 f"  REST API   {embedded.url}\n"
                 f"  database   {embedded.postgres.url()}\n"
                 f"  user       {USER_ID}\n"
@@ -122,18 +124,28 @@ def dev(port: int) -> None:
         click.echo("Stopped.")
 
 
+def _sign_in(email: str, password: str | None) -> str:
+    """Return the lines that say how to sign in to the web app of ``pgscribe dev``."""
+    if password is None:
+        return "  sign in    with the Supabase project that your settings name\n"
+    return f"  e-mail     {email}, or any other\n  password   {password}\n"
+
+
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
 @stop_with_stdin
 @_friendly
 def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
-    """Serve the REST API."""
+    """Serve the REST API and the web app."""
+    import asyncio
+
     from jobs.settings import Settings
     from web import server
     from web.access_log import hide_links
     from web.app import create_app
     from web.middleware import log_request_ids
+    from web.sign_in import refuse_other_databases, refuse_other_hosts
 
     _setup_logging()
     log_request_ids()
@@ -141,6 +153,8 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     if stop_with_stdin:
         _stop_with_stdin()
     settings = Settings.load()
+    refuse_other_hosts(settings, host)
+    asyncio.run(refuse_other_databases(settings))
     server.run(create_app(settings), host=host, port=port, trusted_proxies=settings.trusted_proxies)
 
 

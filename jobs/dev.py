@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import IO, Self
 from uuid import UUID
 
@@ -70,7 +70,7 @@ class Embedded:
         """The settings that the web server and the worker run with."""
         return Settings.load(
             database_url=self.postgres.url(),
-            jwt_secret=self._jwt_secret(),
+            jwt_secret=self._secret("jwt-secret", secrets.token_hex(32)),
             storage_dir=self._home / "storage",
             models_dir=self._home / "models",
             scratch_dir=self._home / "scratch",
@@ -81,11 +81,20 @@ class Embedded:
         """A token of the development user."""
         return issue_token(self.settings, USER_ID, lifetime=TOKEN_LIFETIME, email=USER_EMAIL)
 
-    def _jwt_secret(self) -> str:
-        path = self._home / "jwt-secret"
+    @property
+    def sign_in_password(self) -> str | None:
+        """The password of the web app; none where users sign in with a Supabase project instead."""
+        settings = self.settings
+        if settings.supabase_url or settings.supabase_publishable_key:
+            return None
+        return self._secret("sign-in-password", secrets.token_urlsafe(18))
+
+    def _secret(self, name: str, new: str) -> str:
+        """Return the secret that is kept under a name: a new one the first time."""
+        path = self._home / name
         with contextlib.suppress(FileNotFoundError):
             return path.read_text(encoding="ascii")
-        _write_secret(path, secrets.token_hex(32))
+        _write_secret(path, new)
         return path.read_text(encoding="ascii")
 
     def __enter__(self) -> Self:
@@ -95,7 +104,9 @@ class Embedded:
             migrate.migrate(self.postgres.url())
             with psycopg.connect(self.postgres.url()) as conn:
                 conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
-            stack.enter_context(self._child("web", "--port", str(self._port)))
+                # CALL OUT: once there is pgscribe.operators, make USER_ID an operator here.
+            web = {"PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": self.sign_in_password}
+            stack.enter_context(self._child("web", "--port", str(self._port), environment=web))
             stack.enter_context(self._child("worker"))
             self._wait_for_web()
             stack.enter_context(self._environment_file())
@@ -139,14 +150,20 @@ class Embedded:
             path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _child(self, name: str, *arguments: str) -> Iterator[None]:
+    def _child(
+        self,
+        name: str,
+        *arguments: str,
+        environment: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> Iterator[None]:
+        own = {key: value for key, value in environment.items() if value is not None}
         with ExitStack() as stack:
             output: IO[bytes] | None = None
             if self._quiet:
                 output = stack.enter_context((self._home / f"{name}.log").open("wb"))
             child = subprocess.Popen(
                 [sys.executable, "-m", "jobs.cli", name, "--stop-with-stdin", *arguments],
-                env=os.environ | self._environment(),
+                env=os.environ | self._environment() | own,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -177,9 +194,12 @@ class Embedded:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    """Write a file that only its owner can read, as a whole or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+    new.replace(path)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

@@ -92,6 +92,12 @@ class NotAllowed(PgscribeError):
     code = "not_allowed"
 
 
+class CrossSiteRequest(NotAllowed):
+    """The request does not come from a page of this server: open it there and try again."""
+
+    code = "cross_site_request"
+
+
 class ScopeMissing(NotAllowed):
     """The API key was not made for that. ``scope`` is what it lacks."""
 
@@ -124,6 +130,14 @@ class SigningKeysUnavailable(PgscribeError):
     """The keys that tokens are checked with can't be fetched; try again in a moment."""
 
     code = "signing_keys_unavailable"
+    retryable = True
+    retry_after = 5.0
+
+
+class SignInUnavailable(PgscribeError):
+    """The service that signs users in does not answer; try again in a moment."""
+
+    code = "sign_in_unavailable"
     retryable = True
     retry_after = 5.0
 

@@ -186,6 +186,29 @@ class Settings(TokenSettings, CallSettings):
     max_body_bytes: PositiveInt = Field(
         1024**2, description="Largest body of a request that is no upload, in bytes."
     )
+    supabase_publishable_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Publishable key of the project (or its anon key), with which users sign in "
+        "to the web app.",
+    )
+    local_sign_in_password: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Password with which `pgscribe dev` lets anybody on this machine sign in to "
+        "the web app as any user; refused outside of the embedded environment.",
+    )
+    session_idle_days: PositiveInt = Field(
+        7, le=365, description="Days without use after which a browser has to sign in again."
+    )
+    session_days: PositiveInt = Field(
+        30, le=365, description="Days after which a browser has to sign in again in any case."
+    )
+    sign_in_rate_limit: NonNegativeInt = Field(
+        10,
+        description="Attempts to sign in a minute from one address, and for one e-mail address; "
+        "0: no limit.",
+    )
     cors_origins: Values = Field(
         (),
         description="Origins whose pages may use the API from a browser, separated by commas, "

@@ -1,7 +1,7 @@
 """The Starlette application."""
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import psycopg
 from starlette.applications import Starlette
@@ -29,9 +29,13 @@ from web.routes import (
     operate,
     pages,
     resumable,
+    sign_in,
     transcripts,
     uploads,
 )
+from web.sessions import Sessions
+from web.sign_in import choose, refuse_other_databases
+from web.throttle import Throttle
 from web.waiting import Waiters
 
 TAGS = {
@@ -71,13 +75,21 @@ def create_app(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         state = app.state
-        async with state.pool, aclosing(state.authenticator), aclosing(state.storage), state.events:
+        await refuse_other_databases(settings)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(state.pool)
+            if state.sign_in is not None:
+                await stack.enter_async_context(aclosing(state.sign_in))
+            await stack.enter_async_context(aclosing(state.authenticator))
+            await stack.enter_async_context(aclosing(state.storage))
+            await stack.enter_async_context(state.events)
             yield
 
     app = Starlette(
         routes=[
             Route("/healthz", healthz),
             *docs.routes(),
+            *sign_in.routes(),
             *endpoints.routes(ENDPOINTS),
             *pages.routes(),
         ],
@@ -96,6 +108,9 @@ def create_app(settings: Settings) -> Starlette:
     app.state.waiters = Waiters()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
     app.state.pool = database.make_pool(settings, name="web")
-    app.state.authenticator = Authenticator(settings, app.state.pool)
+    app.state.sign_in = choose(settings, app.state.pool)
+    app.state.attempts = Throttle(settings.sign_in_rate_limit, "attempts to sign in")
+    sessions = Sessions(settings, app.state.pool, app.state.sign_in)
+    app.state.authenticator = Authenticator(settings, app.state.pool, sessions)
     app.state.storage = make_storage(settings, signs=True)
     return app

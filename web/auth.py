@@ -1,4 +1,4 @@
-"""Who is asking: tokens as Supabase Auth issues them, and API keys."""
+"""Who is asking: tokens as Supabase Auth issues them, API keys, and sessions of browsers."""
 
 import ipaddress
 import json
@@ -25,6 +25,8 @@ from jobs.errors import (
 from jobs.scopes import Scope
 from jobs.settings import Settings, TokenSettings
 from web.jwks import SigningKeys
+from web.same_origin import require_same_origin
+from web.sessions import SessionKey, Sessions, Tokens, cookie_name, sent_key
 from web.throttle import Throttle
 
 __all__ = ["Authenticator", "Principal", "Scope", "TokenVerifier", "authenticate", "require"]
@@ -34,10 +36,11 @@ Claims = Mapping[str, Any]
 MAX_TOKEN = 8 * 1024  # characters
 LEEWAY = 10  # seconds by which clocks may differ: exp, nbf and iat are read that generously
 USER_HEADER = "Pgscribe-User"
-KNOWN_KEYS = 1000
+KNOWN = 10_000  # keys and sessions that were good a moment ago
 # A stream that a key has opened ends then, and its client comes back: the key may be revoked.
 KEY_SECONDS = 300
 
+_NOBODY = "Send the header `Authorization: Bearer <token or API key>`, or sign in at /app/sign-in"
 _BAD_KEY = "The API key is not valid: it is unknown, has expired or was revoked"
 
 
@@ -161,24 +164,26 @@ class Principal:
 class Authenticator:
     """Tells who is asking, and refuses those who ask too often."""
 
-    def __init__(self, settings: Settings, pool: Pool) -> None:
+    def __init__(self, settings: Settings, pool: Pool, sessions: Sessions) -> None:
         self._verifier = TokenVerifier(settings)
         self._pool = pool
+        self._sessions = sessions
         self._requests = Throttle(settings.rate_limit, "requests")
         self._failures = Throttle(
             settings.failed_rate_limit, "requests without a valid token from this address"
         )
-        self._known_keys: OrderedDict[bytes, None] = OrderedDict()
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of keys, ids of sessions
 
     async def authenticate(self, request: Request) -> Principal:
         """Return who is asking. Raises ``NotAuthenticated``, ``NotAllowed``, ``RateLimited``.
 
         Whoever sends a valid token is not held up by others who share their address and don't.
+        ``SignInUnavailable``: a session's tokens have ended, and there are no new ones now.
         """
         try:
             principal = await self._identify(request)
         except (NotAuthenticated, NotAllowed, InvalidInput):
-            self._failures.take(_address(request))
+            self._failures.take(address(request))
             raise
         allowance = self._requests.take(principal.limit_key, principal.requests_per_minute)
         if allowance is not None:
@@ -186,12 +191,33 @@ class Authenticator:
         return principal
 
     async def _identify(self, request: Request) -> Principal:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        authorization = request.headers.get("authorization")
+        if authorization is None and cookie_name(request) in request.cookies:
+            return await self._by_session(request)
+        scheme, _, token = (authorization or "").partition(" ")
         token = token.strip()
         if scheme.lower() != "bearer" or not token:
-            raise NotAuthenticated("Send the header `Authorization: Bearer <token or API key>`")
+            raise NotAuthenticated(_NOBODY)
         if token.startswith(keys.PREFIX):
             return await self._by_key(token, request)
+        return await self._by_token(token, request)
+
+    async def _by_session(self, request: Request) -> Principal:
+        """Return whose session it is. Browsers send its cookie, whoever has made them ask."""
+        require_same_origin(request)
+        key = sent_key(request)
+        if key is None:
+            raise NotAuthenticated(_NOBODY)
+        self._slow_down_guesses(key.id, request)
+        try:
+            tokens = await self._sessions.tokens(key)
+        except NotAuthenticated:
+            self._known.pop(key.id, None)
+            raise
+        self._remember(key.id)
+        return await self._by_token(tokens.access_token, request)
+
+    async def _by_token(self, token: str, request: Request) -> Principal:
         claims = await self._verifier.verify(token)
         user_id = UUID(claims["sub"])
         if _stated_user(request) not in {None, user_id}:
@@ -202,13 +228,12 @@ class Authenticator:
         if not keys.well_formed(text):
             raise InvalidToken("The API key is not valid: it was not copied whole")
         digest = keys.digest(text)
-        if digest not in self._known_keys:  # guesses shall not keep the database busy
-            self._failures.check(_address(request))
+        self._slow_down_guesses(digest, request)
         stated = _stated_user(request)
         async with self._pool.connection() as conn:
             key = await keys.use(conn, digest, stated)
         if key is None:
-            self._known_keys.pop(digest, None)
+            self._known.pop(digest, None)
             raise InvalidToken(_BAD_KEY)
         self._remember(digest)
         user_id = _acted_for(key, stated)
@@ -221,14 +246,37 @@ class Authenticator:
         scopes = frozenset(scope for scope in Scope if scope in key.scopes)
         return Principal(user_id, claims, f"key:{key.id}", scopes, key.id, key.requests_per_minute)
 
+    def _slow_down_guesses(self, digest: bytes, request: Request) -> None:
+        """Raise ``RateLimited`` rather than ask the database for what may be one guess of many."""
+        if digest not in self._known:
+            self._failures.check(address(request))
+
     def _remember(self, digest: bytes) -> None:
-        self._known_keys[digest] = None
-        self._known_keys.move_to_end(digest)
-        if len(self._known_keys) > KNOWN_KEYS:
-            self._known_keys.popitem(last=False)
+        self._known[digest] = None
+        self._known.move_to_end(digest)
+        if len(self._known) > KNOWN:
+            self._known.popitem(last=False)
+
+    async def sign_in(self, request: Request, tokens: Tokens) -> str:
+        """Begin a session in place of the browser's old one, and return its cookie.
+
+        Raises ``InvalidToken`` or ``NotAllowed`` where this server would not take the tokens.
+        """
+        claims = await self._verifier.verify(tokens.access_token)
+        key, cookie = await self._sessions.begin(
+            UUID(claims["sub"]), tokens, replaced=sent_key(request)
+        )
+        self._remember(key.id)
+        return cookie
+
+    async def sign_out(self, key: SessionKey) -> None:
+        """End a session."""
+        self._known.pop(key.id, None)
+        await self._sessions.end(key)
 
     async def aclose(self) -> None:
         """End what is under way."""
+        await self._sessions.aclose()
         await self._verifier.aclose()
 
 
@@ -261,8 +309,11 @@ def _acted_for(key: keys.UsableKey, stated: UUID | None) -> UUID:
     return user_id
 
 
-def _address(request: Request) -> str:
-    """Return the peer's address; of IPv6 the network, as one peer has all of it."""
+def address(request: Request) -> str:
+    """Return the peer's address, by which requests are counted.
+
+    Of IPv6 it is the network, as one peer has all of that.
+    """
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -278,8 +329,8 @@ def _address(request: Request) -> str:
 async def authenticate(request: Request) -> Principal:
     """Return who is asking, counted against their rate limit.
 
-    Raises ``NotAuthenticated``, ``NotAllowed``, ``RateLimited``, ``SigningKeysUnavailable`` and,
-    for a service's key that states no user, ``InvalidInput``.
+    Raises ``NotAuthenticated``, ``NotAllowed``, ``RateLimited``, ``SigningKeysUnavailable``,
+    ``SignInUnavailable`` and, for a service's key that states no user, ``InvalidInput``.
     """
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator.authenticate(request)

@@ -31,6 +31,7 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.AudioNotFound: HTTPStatus.NOT_FOUND,
     errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
     errors.SigningKeysUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.SignInUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.FileExists: HTTPStatus.CONFLICT,
     errors.LinkInvalid: HTTPStatus.FORBIDDEN,
     errors.UploadGone: HTTPStatus.GONE,

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from db.embedded import EmbeddedPostgres
+from jobs.dev import USER_ID
 
 PGSCRIBE = [sys.executable, "-m", "jobs.cli"]
 
@@ -49,7 +51,13 @@ def wait_until_none_is_left(folder: Path, seconds: float = 30) -> set[str]:
 
 
 @pytest.fixture
-def dev(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def printed() -> dict[str, str]:
+    """What `pgscribe dev` has printed: name and value of each line."""
+    return {}
+
+
+@pytest.fixture
+def dev(folder: Path, printed: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """`pgscribe dev`, up."""
     process = subprocess.Popen(
         [*PGSCRIBE, "dev", "--port", "0"],
@@ -63,6 +71,8 @@ def dev(folder: Path) -> Iterator[subprocess.Popen[str]]:
     for line in process.stdout:
         if line.startswith("Try:"):
             break
+        name, _, value = line.strip().partition("   ")
+        printed[name] = value.strip()
     yield process
     if process.poll() is None:
         process.terminate()
@@ -95,6 +105,24 @@ def test_dev_serves_other_commands_in_its_folder_until_ctrl_c(
     assert dev.wait(60) == 0
     assert wait_until_none_is_left(folder) == set()
     assert not (folder / ".pgscribe" / "dev.env").exists()
+
+
+@pytest.mark.usefixtures("dev")
+def test_dev_prints_what_signs_in_to_the_web_app(folder: Path, printed: dict[str, str]) -> None:
+    email = printed["e-mail"].partition(",")[0]
+    origin = {"Origin": printed["REST API"]}
+    with httpx2.Client(base_url=printed["REST API"], headers=origin) as browser:
+        form = {"email": email, "password": printed["password"]}
+        done = browser.post("/app/sign-in", data=form)
+        assert printed["web app"].endswith(done.headers["location"])
+        assert email in browser.get("/app").text
+        assert browser.post("/process", json={"filePath": f"{USER_ID}/a.mp3"}).status_code == 202
+    secret = folder / ".pgscribe" / "sign-in-password"
+    assert secret.read_text() == printed["password"]
+    assert secret.stat().st_mode & 0o077 == 0
+    # Commands of other processes in this folder do not get it with their settings.
+    assert printed["password"] not in (folder / ".pgscribe" / "dev.env").read_text()
+    assert not any(printed["password"] in command for command in processes_in(folder))
 
 
 def test_nothing_outlives_a_killed_dev_and_the_next_one_starts(

@@ -261,17 +261,20 @@ def test_the_access_log_has_no_links(app: Starlette, caplog: pytest.LogCaptureFi
         httpx2.get(f"{url}/audio/top-secret?x=1")
         httpx2.put(f"{url}/uploads/signed/top-secret", content=b"x")
         httpx2.head(f"{url}/uploads/resumable/top-secret")
+        httpx2.get(f"{url}/app/sign-in/confirm?token_hash=top-secret&type=email")
         httpx2.get(f"{url}/other/path")
     finally:
         server.should_exit = True
         thread.join()
         logging.getLogger("uvicorn.access").removeFilter(hide)
     said = [r.getMessage() for r in caplog.records if r.name == "uvicorn.access"]
-    assert len(said) == 4
+    assert len(said) == 5
+    assert not any("top-secret" in line for line in said)
     assert "GET /audio/…?x=1" in said[0]
     assert "PUT /uploads/signed/… " in said[1]
     assert "HEAD /uploads/resumable/… " in said[2]
-    assert "/other/path" in said[3]
+    assert "GET /app/sign-in/confirm?… " in said[3]
+    assert "/other/path" in said[4]
 
 
 # The storage that the settings name

@@ -23,6 +23,7 @@ from web.app import ENDPOINTS, create_app
 from web.auth import issue_token
 
 USER = "Pgscribe-User"
+PASSWORD = "the password of dev's sign-in"
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Site:
     other: UUID
     operator: UUID
     storage: Path
+    cookies: dict[UUID, str] = field(default_factory=dict)
 
     def new_job(self) -> UUID:
         """Insert a job of the owner's, and cancel it."""
@@ -57,6 +59,17 @@ class Site:
         known = jwt.decode(signed, options={"verify_signature": False})
         secret = self.settings.require_jwt_secret()
         return bearer(jwt.encode(known | claims, secret, "HS256"))
+
+    def session(self, user: UUID, **headers: str) -> dict[str, str]:
+        """Return the header with the cookie of a user who has signed in to the web app."""
+        cookie = self.cookies.get(user)
+        if cookie is None:
+            form = {"email": f"{user}@example.org", "password": PASSWORD}
+            same = {"Sec-Fetch-Site": "same-origin"}
+            answer = self.http.post("/app/sign-in", data=form, headers=same)
+            cookie = self.cookies[user] = answer.headers["set-cookie"].partition(";")[0]
+            self.http.cookies.clear()
+        return {"Cookie": cookie, "Sec-Fetch-Site": "same-origin"} | headers
 
     def key(self, user: UUID | None, *scopes: Scope) -> dict[str, str]:
         """Return the header with a new key."""
@@ -80,12 +93,13 @@ def site(postgres: EmbeddedPostgres, tmp_path_factory: pytest.TempPathFactory) -
         rate_limit=0,
         failed_rate_limit=0,
         openai_wait=1,
+        local_sign_in_password=PASSWORD,
     )
     owner, other, operator = uuid4(), uuid4(), uuid4()
     with psycopg.connect(url, autocommit=True) as conn, serve(create_app(settings)) as base:
-        conn.execute(
-            "insert into auth.users (id) values (%s), (%s), (%s)", (owner, other, operator)
-        )
+        for user in (owner, other, operator):
+            values = (user, f"{user}@example.org")
+            conn.execute("insert into auth.users (id, email) values (%s, %s)", values)
         conn.execute("insert into pgscribe.operators (user_id) values (%s)", (operator,))
         with httpx2.Client(base_url=base, timeout=30) as http:
             yield Site(http, conn, settings, owner, other, operator, folder / "storage")
@@ -195,6 +209,14 @@ def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
     expect(403, site.token(site.owner, role="anon"), "the anon role")
     expect(403, site.token(site.owner, role="service_role"), "the service role")
     expect(401, bearer("pgs_0123"), "a bad key")
+    expect(401, site.session(site.owner) | bearer("x.y.z"), "a bad token and a session")
+    bad = "pgscribe-session=" + "A" * 43
+    expect(401, site.session(site.owner, Cookie=bad), "a bad session")
+    if route[0] != "GET":
+        led = site.session(site.owner, **{"Sec-Fetch-Site": "cross-site"})
+        expect(403, led, "the owner's browser, led by another site")
+    expect(ask.stranger, site.session(site.other), "another user's session")
+    expect(403, site.session(site.owner, **{USER: str(site.other)}), "a session for another")
     expect(ask.stranger, site.token(site.other), "another user")
     expect(invalid, site.key(None), "a service that states nobody")
     if ask.scope is not None:
@@ -203,6 +225,8 @@ def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
     expect(403, site.key(site.owner) | {USER: str(site.other)}, "a user's key for another")
     expect(ask.stranger, site.key(None) | {USER: str(site.other)}, "a service for another user")
     expect(ask.good, site.token(site.owner), "the owner")
+    ask = asks(site)[route]
+    expect(ask.good, site.session(site.owner), "the owner's session")
     ask = asks(site)[route]
     expect(ask.good, site.key(site.owner), "the owner's key")
     ask = asks(site)[route]
