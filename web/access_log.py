@@ -3,9 +3,7 @@
 import logging
 import re
 
-_LINK = re.compile(
-    r"^(/(?:uploads/(?:signed|resumable)|audio)/)[^?]+|^(/app/sign-in/confirm\?).+"
-)
+_LINK = re.compile(r"^(/(?:uploads/(?:signed|resumable)|audio)/)[^?]+|^(/app/sign-in/confirm\?).+")
 
 
 class HideLinks(logging.Filter):
