@@ -20,6 +20,7 @@ import psycopg
 
 from db import migrate
 from db.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from jobs import operate
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.sql import DEV
@@ -104,7 +105,7 @@ class Embedded:
             migrate.migrate(self.postgres.url())
             with psycopg.connect(self.postgres.url()) as conn:
                 conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
-                # CALL OUT: once there is pgscribe.operators, make USER_ID an operator here.
+                operate.add(conn, str(USER_ID))
             web = {"PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": self.sign_in_password}
             stack.enter_context(self._child("web", "--port", str(self._port), environment=web))
             stack.enter_context(self._child("worker"))

@@ -117,6 +117,7 @@ def test_dev_prints_what_signs_in_to_the_web_app(folder: Path, printed: dict[str
         assert printed["web app"].endswith(done.headers["location"])
         assert email in browser.get("/app").text
         assert browser.post("/process", json={"filePath": f"{USER_ID}/a.mp3"}).status_code == 202
+        assert browser.get("/operate/overview").status_code == 200
     secret = folder / ".pgscribe" / "sign-in-password"
     assert secret.read_text() == printed["password"]
     assert secret.stat().st_mode & 0o077 == 0

@@ -233,6 +233,7 @@ def test_who_may_use_a_route(site: Site, route: tuple[str, str]) -> None:
     expect(ask.good, site.key(None) | {USER: str(site.owner)}, "a service for the owner")
     if ask.operator is not None:
         expect(ask.operator, site.token(site.operator), "an operator")
+        expect(ask.operator, site.session(site.operator), "an operator's session")
         expect(ask.operator, site.key(site.operator), "an operator's key")
         expect(403, site.key(site.operator, *USUAL_SCOPES), "an operator's usual key")
         expect(403, site.token(site.operator, pgscribe_key=str(uuid4())), "a key that is none")

@@ -32,7 +32,7 @@ def auth(conn: psycopg.Connection, user: UUID) -> Iterator[Auth]:
 def project(settings: Settings, auth: Auth) -> Settings:
     """Settings of that project, without limits on requests."""
     unlimited = dict.fromkeys(("rate_limit", "failed_rate_limit", "sign_in_rate_limit"), 0)
-    own = {"supabase_url": auth.url, "supabase_publishable_key": auth.key, "jwt_secret": None}
+    own = {"supabase_url": auth.url, "supabase_publishable_key": auth.key}
     return settings.model_copy(update=own | unlimited)
 
 

@@ -215,6 +215,7 @@ def process(project: Settings, folder: Path) -> Iterator[tuple[subprocess.Popen[
     port = free_port()
     own = {
         "PGSCRIBE_DATABASE_URL": project.database_url.get_secret_value(),
+        "PGSCRIBE_JWT_SECRET": project.require_jwt_secret(),
         "PGSCRIBE_SUPABASE_URL": project.supabase_url or "",
         "PGSCRIBE_SUPABASE_PUBLISHABLE_KEY": project.supabase_publishable_key or "",
     }
