@@ -11,15 +11,16 @@ from urllib.parse import urlsplit
 
 import uvicorn
 
-# "request" never reaches the server; "answer" is lost after the server gave it; "wait": there is
-# no answer until the proxy stops. A number of bytes: so much of the answer's body comes through.
-Fault = Literal["request", "answer", "wait"] | int | bytes
+# "request" never reaches the server, of "half" so much does; "answer" is lost after the server gave
+# it; "wait": there is no answer until the proxy stops. A number of bytes: so much of the answer's
+# body comes through.
+Fault = Literal["request", "half", "answer", "wait"] | int | bytes
 
 
 @contextmanager
-def serve(app: Any) -> Iterator[str]:
+def serve(app: Any, port: int = 0) -> Iterator[str]:
     """Yield the URL at which uvicorn serves an app, from a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(app, log_config=None, ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
@@ -106,6 +107,9 @@ class FaultyProxy:
     def _pass_on(self, client: socket.socket, request: bytes, fault: Fault | None) -> None:
         parts = urlsplit(self.target)
         with socket.create_connection((parts.hostname, parts.port)) as server:
+            if fault == "half":
+                server.sendall(request[: len(request) // 2])
+                return
             server.sendall(request)
             server.settimeout(0.1)
             passed = b""

@@ -9,6 +9,7 @@ export class ApiError extends Error {
     this.status = status;
     this.code = problem.code ?? "unknown";
     this.field = problem.field ?? null;
+    this.limit = problem.limit ?? null;
     this.retryAfter = problem.retry_after ?? null;
   }
 }

@@ -14,11 +14,15 @@ const ENDED = new Set(["completed", "failed", "cancelled"]);
 export class JobList {
   filter = ""; // a status, or "" for all
   onChange = () => {};
+  onRestored = () => {}; // a job that was to be deleted is not, and is not shown either
   #rows = new Map(); // by job id
   #latest = new Map(); // states by job id, also of jobs that are not shown
   #estimates = new Estimates();
   #pending = new Map(); // jobs that are deleted unless somebody undoes it: by id, what does it now
+  #gone = new Set(); // ids of jobs that are deleted
+  #news = new Set(); // ids of jobs that were heard of since a list was asked for
   #found = false; // whether results of a search are shown
+  #last = null; // the oldest job that is shown, if there are more: those come when they are asked for
 
   constructor(element, heading) {
     this.element = element;
@@ -33,21 +37,37 @@ export class JobList {
     return this.#rows.size;
   }
 
-  /** Show these jobs instead of what is there. */
-  show(jobs) {
-    this.#clear(false);
-    this.add(jobs);
+  has(id) {
+    return this.#rows.has(id);
   }
 
-  add(jobs) {
-    for (const job of jobs) this.put(job);
+  /** Say that a list is asked for: what is heard of from now on is newer. */
+  expect() {
+    this.#news.clear();
+  }
+
+  /** Show these jobs, and what has come since they were asked for. Rows that stay keep the focus. */
+  show(jobs, { more }) {
+    if (this.#found) this.#clear(false);
+    const wanted = new Set(jobs.map((job) => job.id));
+    this.add(jobs, { more });
+    for (const [id, { job }] of [...this.#rows]) {
+      if (!wanted.has(id) && (!this.#news.has(id) || this.#isBelow(job))) this.remove(id);
+    }
+  }
+
+  /** Show older ones, too. */
+  add(jobs, { more }) {
+    this.#last = more ? jobs.at(-1) : null;
+    for (const job of jobs) this.#take(job);
   }
 
   /** Show results of a search instead of what is there. */
   showFound(results) {
     this.#clear(true);
-    for (const result of results) {
+    for (const result of results.filter(({ id }) => !this.#pending.has(id) && !this.#gone.has(id))) {
       const row = new Row({ ...result, status: "completed", progress: 1 }, this.#actions);
+      row.tick(this.#estimates);
       row.element.append(hitsOf(result));
       this.#rows.set(result.id, row);
       this.element.append(row.element);
@@ -55,14 +75,20 @@ export class JobList {
   }
 
   #clear(found) {
+    this.#last = null;
     this.#found = found;
     this.#rows.clear();
     this.element.replaceChildren();
   }
 
-  /** Take in a job's state. Returns what there is to say of it, if anything. */
+  /** Take in a job's state as it is now. Returns what there is to say of it, if anything. */
   put(job) {
-    if (this.#pending.has(job.id)) return null;
+    this.#news.add(job.id);
+    return this.#take(job);
+  }
+
+  #take(job) {
+    if (this.#pending.has(job.id) || this.#gone.has(job.id)) return null;
     // A list that was asked for earlier may come after an event.
     const known = this.#latest.get(job.id);
     if (known && new Date(known.updated_at) > new Date(job.updated_at)) job = { ...job, ...known };
@@ -76,9 +102,14 @@ export class JobList {
     }
     const before = row?.job.status;
     if (row) row.update(job, this.#estimates);
+    else if (this.#isBelow(job)) return null;
     else this.#insert(new Row(job, this.#actions));
     this.onChange();
     return before && before !== job.status && ENDED.has(job.status) ? `${fileName(job.file_path)}: ${job.status}` : null;
+  }
+
+  #isBelow(job) {
+    return this.#last !== null && older(job, this.#last);
   }
 
   #insert(row) {
@@ -87,6 +118,24 @@ export class JobList {
     this.#rows.set(row.job.id, row);
     this.element.insertBefore(row.element, later?.element ?? null);
     if (later) this.#rows = new Map([...this.#rows].sort(([, one], [, other]) => (older(one.job, other.job) ? 1 : -1)));
+  }
+
+  /** Take a job off for good: it is deleted. */
+  gone(id) {
+    this.#gone.add(id);
+    this.#pending.delete(id);
+    this.#latest.delete(id);
+    this.remove(id);
+  }
+
+  /** Put the focus on a job's name. */
+  focus(id) {
+    this.#rows.get(id)?.name.focus();
+  }
+
+  /** Put the focus on the job below the newest so many. */
+  focusBelow(count) {
+    [...this.#rows.values()][count]?.name.focus({ preventScroll: true });
   }
 
   remove(id) {
@@ -124,20 +173,26 @@ export class JobList {
     const restore = () => {
       this.#pending.delete(job.id);
       if (!this.#found) this.put(job);
+      return this.has(job.id) ? null : this.onRestored();
+    };
+    const undo = async () => {
+      await restore();
+      this.focus(job.id);
     };
     const now = async (options = {}) => {
+      if (this.#gone.has(job.id)) return;
       try {
         await api("DELETE", `/jobs/${job.id}`, options);
-        this.#pending.delete(job.id);
+        this.gone(job.id);
       } catch (error) {
-        if (error instanceof ApiError && error.status === 404) return void this.#pending.delete(job.id);
+        if (error instanceof ApiError && error.status === 404) return void this.gone(job.id);
         restore();
         toast(`${fileName(job.file_path)} was not deleted. ${error.message}`);
       }
     };
     this.#pending.set(job.id, { now });
     toast(`Deleted ${fileName(job.file_path)} and its recording`, {
-      action: { label: "Undo", run: restore },
+      action: { label: "Undo", run: undo },
       seconds: UNDO_SECONDS,
       onGone: now,
     });
@@ -171,7 +226,9 @@ class Row {
   }
 
   update(job, estimates) {
-    const status = this.job.status;
+    const { status } = this.job;
+    // An event does not say whether it is to be cancelled. Once it has ended, that is over.
+    if (ENDED.has(status)) this.job.cancel_requested_at = null;
     this.job = { ...this.job, ...job };
     if (job.status !== status || this.job.cancel_requested_at) this.#renew();
     this.#fill();
@@ -204,13 +261,14 @@ class Row {
       { type: "button", class: "quiet", "aria-label": `${label} ${fileName(job.file_path)}`, onclick: () => act(this.job) },
       label,
     );
-    const focused = this.buttons.contains(document.activeElement);
+    const focused = this.buttons.contains(document.activeElement) && document.activeElement.textContent;
     this.buttons.replaceChildren(
-      ...(ENDED.has(job.status) ? [] : [button("Cancel", actions.cancel)]),
+      ...(ENDED.has(job.status) || job.cancel_requested_at ? [] : [button("Cancel", actions.cancel)]),
       ...(["failed", "cancelled"].includes(job.status) ? [button("Retry", actions.retry)] : []),
       ...(ENDED.has(job.status) ? [button("Delete", actions.delete)] : []),
     );
-    if (focused) this.buttons.querySelector("button").focus();
+    // Never on another action, which a key that was meant for the one before would run.
+    if (focused) ([...this.buttons.children].find(({ textContent }) => textContent === focused) ?? this.name).focus();
   }
 
   tick(estimates) {

@@ -1,56 +1,96 @@
 // The page of one's jobs: upload, watch, find.
 
 import { api } from "./api.js";
-import { byId, h } from "./dom.js";
+import { byId } from "./dom.js";
+import { fileName, plural } from "./format.js";
 import { JobList } from "./job-list.js";
 import { follow } from "./live.js";
 import { searchTranscripts } from "./search.js";
+import { toast } from "./toasts.js";
 import { Uploads } from "./uploads.js";
 
 const SEARCH_AFTER = 250; // milliseconds without a key
+const PAGE = 50;
 
 const list = new JobList(byId("jobs"), byId("jobs-title"));
-let search = null;
+let asking = null; // what is asked for at the moment, to break it off
 let nextPage = null;
+let searched = ""; // what the results that are shown were searched for
+let moreFound = false;
 
-new Uploads((job) => list.put(job));
+new Uploads((job) => {
+  list.put(job);
+  if (!list.has(job.id)) toast(`${fileName(job.file_path)} is queued`);
+});
 
-async function load() {
+/** Show what is wanted now: what is searched for, or at least so many jobs of the filter. */
+async function load(atLeast = PAGE) {
   byId("jobs").setAttribute("aria-busy", "true");
   byId("problem").hidden = true;
-  search?.abort();
-  search = new AbortController();
-  const { signal } = search;
+  asking?.abort();
+  asking = new AbortController();
+  const { signal } = asking;
   const q = byId("search").elements.q.value.trim();
   try {
     if (q) await find(q, signal);
-    else await loadPage(null, signal);
+    else await loadJobs(atLeast, signal);
   } catch (error) {
     if (error.name === "AbortError") return;
-    byId("problem").textContent = error.message;
-    byId("problem").hidden = false;
+    showProblem(error);
   }
   if (!signal.aborted) byId("jobs").setAttribute("aria-busy", "false");
 }
 
-async function loadPage(cursor, signal) {
-  const query = new URLSearchParams({ limit: 50 });
+async function loadJobs(atLeast, signal) {
+  list.expect();
+  const jobs = [];
+  let cursor = null;
+  do {
+    const page = await askPage(cursor, signal);
+    jobs.push(...page.jobs);
+    cursor = page.next_cursor;
+  } while (cursor && jobs.length < atLeast);
+  searched = "";
+  setMore(cursor);
+  list.show(jobs, { more: cursor !== null });
+  showEmpty();
+}
+
+function askPage(cursor, signal) {
+  const query = new URLSearchParams({ limit: PAGE });
   if (list.filter) query.set("status", list.filter);
   if (cursor) query.set("cursor", cursor);
-  const page = await api("GET", `/jobs?${query}`, { signal });
-  if (cursor) list.add(page.jobs);
-  else list.show(page.jobs);
-  setMore(page.next_cursor);
-  showEmpty();
+  return api("GET", `/jobs?${query}`, { signal });
+}
+
+async function loadMore() {
+  const focused = document.activeElement === byId("more");
+  const before = list.size;
+  try {
+    const page = await askPage(nextPage, asking.signal);
+    list.add(page.jobs, { more: page.next_cursor !== null });
+    setMore(page.next_cursor);
+    if (focused) list.focusBelow(before);
+  } catch (error) {
+    if (error.name !== "AbortError") showProblem(error);
+  }
 }
 
 async function find(q, signal) {
   const { results, next } = await searchTranscripts(q, signal);
-  list.showFound(results);
+  showFilter("");
+  searched = q;
+  moreFound = Boolean(next);
   setMore(null);
-  byId("news").textContent = results.length ? `Found in ${results.length} transcripts` : "Nothing found";
-  const more = next ? "There are more: add a word that is rarer." : "";
-  showEmpty(results.length ? more : `No transcript has “${q}”.`);
+  list.showFound(results);
+  byId("news").textContent = list.size ? `Found in ${plural(list.size, "transcript")}` : "Nothing found";
+  showEmpty();
+}
+
+// A search looks into all transcripts.
+function showFilter(status) {
+  list.filter = status;
+  byId("filter").querySelector(`[value="${status}"]`).checked = true;
 }
 
 function setMore(cursor) {
@@ -58,10 +98,24 @@ function setMore(cursor) {
   byId("more").hidden = !cursor;
 }
 
-function showEmpty(text = null) {
-  const ofFilter = list.filter ? `Nothing is ${list.filter}.` : "Nothing here yet. Drop a recording above to begin.";
-  byId("empty").textContent = text ?? (list.size ? "" : ofFilter);
+function showEmpty() {
+  byId("empty").textContent = searched ? saidOfSearch() : saidOfList();
   byId("empty").hidden = !byId("empty").textContent;
+}
+
+function saidOfSearch() {
+  if (!list.size) return `No transcript has “${searched}”.`;
+  return moreFound ? "There are more: add a word that is rarer." : "";
+}
+
+function saidOfList() {
+  if (list.size || nextPage) return "";
+  return list.filter ? `Nothing is ${list.filter}.` : "Nothing here yet. Drop a recording above to begin.";
+}
+
+function showProblem(error) {
+  byId("problem").textContent = error.message;
+  byId("problem").hidden = false;
 }
 
 byId("filter").addEventListener("change", (event) => {
@@ -78,24 +132,23 @@ byId("search").addEventListener("input", () => {
   clearTimeout(typing);
   typing = setTimeout(load, SEARCH_AFTER);
 });
-byId("more").addEventListener("click", () => loadPage(nextPage).catch((error) => {
-  byId("problem").replaceChildren(h("span", {}, error.message));
-  byId("problem").hidden = false;
-}));
-list.onChange = () => showEmpty();
+byId("more").addEventListener("click", loadMore);
+list.onChange = showEmpty;
+list.onRestored = load;
 
 let connectedBefore = false;
 follow("/jobs/events", {
   snapshot({ jobs, gap }) {
     for (const job of jobs) list.put(job);
-    if (gap || connectedBefore) load(); // something may have been missed while nobody looked
+    // Something may have been missed while nobody looked.
+    if ((gap || connectedBefore) && !searched) load(list.size);
     connectedBefore = true;
   },
   job(job) {
     const news = list.put(job);
     if (news) byId("news").textContent = news;
   },
-  deleted: ({ id }) => list.remove(id),
+  deleted: ({ id }) => list.gone(id),
 }, (up) => {
   byId("live").classList.toggle("connected", up);
   byId("live").textContent = up ? "Live" : "Connecting";

@@ -46,9 +46,11 @@ export class Recording {
 
   /** End it and return the file. */
   async finish() {
-    const stopped = new Promise((resolve) => { this.#recorder.onstop = resolve; });
-    this.#recorder.stop();
-    await stopped;
+    if (this.#recorder.state !== "inactive") { // as it is once the microphone is unplugged
+      const stopped = new Promise((resolve) => { this.#recorder.onstop = resolve; });
+      this.#recorder.stop();
+      await stopped;
+    }
     this.discard();
     const type = this.#recorder.mimeType.split(";")[0];
     const at = new Date(this.startedAt - this.startedAt.getTimezoneOffset() * 60_000).toISOString();

@@ -18,8 +18,9 @@ export function hitsOf(result) {
     h("li", {}, h(
       "a",
       { href: `/app/jobs/${result.id}${hit.start === null ? "" : `?t=${hit.start}`}` },
-      hit.start === null ? "" : h("span", { class: "number" }, `${clock(hit.start)} `),
-    ), marked(hit.text)),
+      hit.start === null ? null : [h("span", { class: "number" }, clock(hit.start)), " "],
+      marked(hit.text),
+    )),
   ));
 }
 

@@ -9,31 +9,59 @@ const TUS = { "Tus-Resumable": "1.0.0" };
 const KEPT = "pgscribe.upload ";
 const PASSING = new Set([0, 408, 409, 423, 425, 429, 500, 502, 503, 504]);
 
-/** Upload a file and return its path in storage. `onProgress(share)`. Throws ApiError, Unreachable, AbortError. */
-export async function upload(file, { onProgress = () => {}, signal } = {}) {
-  const kept = recall(file);
-  if (kept) {
-    try {
-      await new Tus(file, kept.ticket, kept.location, onProgress, signal).run();
-      forget(file);
-      return kept.ticket.filePath;
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      forget(file); // it has expired, or has gone: begin anew
-    }
+/** The file is not as it was when it was chosen. */
+class Unreadable extends Error {
+  constructor(file) {
+    super(`“${file.name}” can't be read: it was moved or changed, or is a folder. Choose it again.`);
+    this.code = "unreadable";
   }
+}
+
+/**
+ * Upload a file. Returns its path in storage, and a function to call once that is used: until then the same file,
+ * chosen again, need not be sent again. `onProgress(share)`; `onTrouble()`: it is tried again in a moment.
+ * Throws ApiError, Unreachable, Unreadable, AbortError.
+ */
+export function upload(file, { onProgress = () => {}, onTrouble = () => {}, signal } = {}) {
+  const watch = { onProgress, onTrouble, signal };
+  return alone(keyOf(file), async (isAlone) => {
+    if (!isAlone) return { filePath: await begin(file, watch), done: () => {} };
+    const filePath = (await goOn(file, watch)) ?? (await begin(file, watch, remember));
+    return { filePath, done: () => forget(file) };
+  });
+}
+
+// An upload that is going on, here or in another tab, is not gone on with twice. Pages under plain http can't know.
+function alone(key, run) {
+  if (!navigator.locks) return run(true);
+  return navigator.locks.request(key, { ifAvailable: true }, (lock) => run(Boolean(lock)));
+}
+
+async function goOn(file, watch) {
+  const kept = recall(file);
+  if (!kept) return null;
+  try {
+    await new Tus(file, kept.ticket, watch, { location: kept.location }).run();
+    return kept.ticket.filePath;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    forget(file); // it has expired, or has gone: begin anew
+    return null;
+  }
+}
+
+async function begin(file, watch, onBegun = () => {}) {
   const ticket = await api("POST", "/uploads", {
     body: { name: file.name, size: file.size, contentType: file.type.slice(0, 200) || null },
-    signal,
+    signal: watch.signal,
   });
-  if (ticket.method === "PUT") await put(file, ticket, onProgress, signal);
-  else await new Tus(file, ticket, null, onProgress, signal).run();
-  forget(file);
+  if (ticket.method === "PUT") await put(file, ticket, watch);
+  else await new Tus(file, ticket, watch, { onBegun }).run();
   return ticket.filePath;
 }
 
-async function put(file, ticket, onProgress, signal) {
-  const pauses = new Pauses(signal);
+async function put(file, ticket, { onProgress, onTrouble, signal }) {
+  const pauses = new Pauses(file, onTrouble, signal);
   for (;;) {
     const answer = await send("PUT", ticket.url, ticket.headers, file, (sent) => onProgress(sent / file.size), signal);
     // Nothing is replaced, and it is there whole or not at all: so it was the answer that got lost.
@@ -44,13 +72,13 @@ async function put(file, ticket, onProgress, signal) {
 }
 
 class Tus {
-  constructor(file, ticket, location, onProgress, signal) {
-    Object.assign(this, { file, ticket, location, onProgress, signal });
+  constructor(file, ticket, { onProgress, onTrouble, signal }, { location = null, onBegun = () => {} }) {
+    Object.assign(this, { file, ticket, location, onProgress, onTrouble, onBegun, signal });
   }
 
   async run() {
     this.signal?.addEventListener("abort", () => this.#abandon(), { once: true });
-    const pauses = new Pauses(this.signal);
+    const pauses = new Pauses(this.file, this.onTrouble, this.signal);
     let offset = null;
     while (offset !== this.file.size) {
       const before = offset;
@@ -87,7 +115,7 @@ class Tus {
       // Only its last part is taken over, so that no answer can send the file elsewhere.
       const name = new URL(location, this.#endpoint).pathname.split("/").pop();
       this.location = this.ticket.url.endsWith(`/${name}`) ? this.ticket.url : `${this.ticket.url}/${name}`;
-      remember(this.file, this.ticket, this.location);
+      this.onBegun(this.file, this.ticket, this.location);
       answer.offset = 0;
     }
     return answer;
@@ -95,7 +123,7 @@ class Tus {
 
   /** Say that what has arrived is no longer wanted; if that gets lost, the server forgets it by itself. */
   #abandon() {
-    forget(this.file);
+    if (recall(this.file)?.location === this.location) forget(this.file);
     if (this.location) fetch(this.location, { method: "DELETE", headers: { ...TUS, ...this.ticket.headers }, keepalive: true }).catch(() => {});
   }
 
@@ -165,8 +193,8 @@ class Answer {
 class Pauses {
   tried = 0;
 
-  constructor(signal) {
-    this.signal = signal;
+  constructor(file, onTrouble, signal) {
+    Object.assign(this, { file, onTrouble, signal });
   }
 
   reset() {
@@ -176,6 +204,8 @@ class Pauses {
   /** Wait before another try, or until the connection is back. Throws the answer's error after too many. */
   async next(answer) {
     this.tried += 1;
+    if (!answer.status) await this.#checkFile();
+    this.onTrouble();
     if (this.tried >= TRIES && navigator.onLine) throw answer.error();
     await new Promise((resolve, reject) => {
       const timer = setTimeout(done, Math.min(LONGEST_PAUSE, 500 * 2 ** this.tried) * (0.5 + Math.random() / 2));
@@ -190,6 +220,15 @@ class Pauses {
         else resolve();
       }
     });
+  }
+
+  // A browser says the same of a file that it can't read and of a server that does not answer.
+  async #checkFile() {
+    try {
+      await this.file.slice(0, 1).arrayBuffer();
+    } catch {
+      throw new Unreadable(this.file);
+    }
   }
 }
 

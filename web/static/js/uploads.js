@@ -9,6 +9,7 @@ import { forgetExpired, upload } from "./upload.js";
 
 const AT_ONCE = 3;
 const OPTIONS = "pgscribe.options";
+const HOPELESS = new Set([400, 413, 422, "unreadable", "empty"]); // with these options and this file
 
 export class Uploads {
   #waiting = [];
@@ -50,10 +51,13 @@ export class Uploads {
   #takeRecordings() {
     byId("record").hidden = !canRecord;
     byId("record").addEventListener("click", async () => {
+      byId("record").disabled = true; // while the browser asks whether it may
       try {
         this.recording = await Recording.begin();
       } catch (error) {
         return void toast(error.message);
+      } finally {
+        byId("record").disabled = false;
       }
       this.#showRecording();
     });
@@ -126,9 +130,10 @@ export class Uploads {
   }
 
   #sayOptions() {
-    const { language, model } = this.form.elements;
+    const { language, model, translate } = this.form.elements;
     const spoken = language.value ? language.selectedOptions[0].text : "language detected";
-    byId("options-summary").textContent = `${spoken}, ${model.value} model`;
+    const said = [spoken, `${model.value} model`, translate.checked && "into English"];
+    byId("options-summary").textContent = said.filter(Boolean).join(", ");
   }
 
   // Uploads
@@ -143,7 +148,7 @@ export class Uploads {
     this.next();
   }
 
-  async next() {
+  next() {
     while (this.#running < AT_ONCE && this.#waiting.length) {
       const one = this.#waiting.shift();
       this.#running += 1;
@@ -158,7 +163,7 @@ export class Uploads {
 class Upload {
   constructor(file, options, uploads) {
     Object.assign(this, { file, options, uploads, key: crypto.getRandomValues(new Uint32Array(4)).join("-") });
-    this.filePath = null;
+    this.uploaded = null;
     this.state = h("span", { class: "muted small number" }, "Waiting");
     this.bar = h("progress", { max: 1, value: 0, "aria-label": `Upload of ${file.name}` });
     this.problem = h("p", { class: "problem small", role: "alert", hidden: true });
@@ -172,39 +177,64 @@ class Upload {
   }
 
   #offer(...pairs) {
+    const focused = this.buttons.contains(document.activeElement);
     const labels = pairs.filter((_, index) => index % 2 === 0);
     this.buttons.replaceChildren(...labels.map((label, index) => h(
       "button",
       { type: "button", class: "quiet", "aria-label": `${label} ${this.file.name}`, onclick: pairs[index * 2 + 1] },
       label,
     )));
+    if (focused) (this.buttons.firstElementChild ?? byId("files")).focus();
   }
 
   #cancel() {
     this.cancelled = true;
     this.controller?.abort();
+    this.#leave();
+  }
+
+  #leave() {
+    const focused = this.element.contains(document.activeElement);
+    const next = this.element.nextElementSibling ?? this.element.previousElementSibling;
     this.element.remove();
+    if (focused) (next?.querySelector("button") ?? byId("files")).focus();
+  }
+
+  #again() {
+    this.problem.hidden = true;
+    this.state.textContent = "Waiting";
+    this.#offer("Cancel", () => this.#cancel());
+    this.uploads.again(this);
   }
 
   async run() {
     if (this.cancelled) return;
     this.controller = new AbortController();
-    this.problem.hidden = true;
-    this.#offer("Cancel", () => this.#cancel());
     try {
-      this.filePath ??= await upload(this.file, { signal: this.controller.signal, onProgress: (share) => this.#progress(share) });
+      if (!this.file.size) throw new Empty();
+      this.uploaded ??= await upload(this.file, {
+        signal: this.controller.signal,
+        onProgress: (share) => this.#progress(share),
+        onTrouble: () => { this.state.textContent = navigator.onLine ? "Interrupted, trying again" : "Waiting for a connection"; },
+      });
       await this.#submit();
-      this.element.remove();
+      this.#leave();
     } catch (error) {
-      if (this.cancelled) return;
-      this.state.textContent = "Stopped";
-      this.problem.textContent = error.message;
-      this.problem.hidden = false;
-      this.#offer("Try again", () => this.uploads.again(this), "Remove", () => this.#cancel());
+      if (!this.cancelled) this.#stop(error);
     }
   }
 
+  #stop(error) {
+    this.state.textContent = "Stopped";
+    this.bar.hidden = true;
+    this.problem.textContent = inWords(error, this.file);
+    this.problem.hidden = false;
+    const again = HOPELESS.has(error.status ?? error.code) ? [] : ["Try again", () => this.#again()];
+    this.#offer(...again, "Remove", () => this.#cancel());
+  }
+
   #progress(share) {
+    this.bar.hidden = false;
     this.bar.value = share;
     this.state.textContent = `${percent(share)} of ${bytes(this.file.size)}`;
   }
@@ -212,8 +242,27 @@ class Upload {
   // The key makes it one job, however often it is sent.
   async #submit() {
     this.state.textContent = "Queueing";
-    const body = { filePath: this.filePath, options: this.options };
+    this.#offer();
+    const body = { filePath: this.uploaded.filePath, options: this.options };
     const { jobId } = await api("POST", "/process", { body, headers: { "Idempotency-Key": this.key } });
+    this.uploaded.done();
     this.uploads.onJob(await api("GET", `/jobs/${jobId}`));
   }
+}
+
+class Empty extends Error {
+  code = "empty";
+  message = "This file is empty. Look whether it was saved or copied completely.";
+}
+
+// The API's messages name its fields first, which nobody sees here.
+function inWords(error, file) {
+  if (error.code === "upload_too_large" && file.size > error.limit) {
+    return `It has ${bytes(file.size)}, and at most ${bytes(error.limit)} are taken. `
+      + "A compressed form, such as MP3 or M4A, is much smaller.";
+  }
+  const prefix = `${error.field}: `;
+  if (!error.field || !error.message.startsWith(prefix)) return error.message;
+  const said = error.message.slice(prefix.length);
+  return said[0].toUpperCase() + said.slice(1);
 }
