@@ -28,9 +28,19 @@ export class JobList {
     this.element = element;
     this.heading = heading; // takes the focus where a row with it goes
     setInterval(() => this.#tick(), TICK);
-    addEventListener("pagehide", () => {
-      for (const deletion of this.#pending.values()) deletion.now({ keepalive: true });
+    addEventListener("pagehide", () => this.#deletePending({ keepalive: true }));
+    // Whoever has signed out can't delete any more.
+    const signOut = document.querySelector("form.account");
+    signOut?.addEventListener("submit", async (event) => {
+      if (!this.#pending.size) return;
+      event.preventDefault();
+      await this.#deletePending();
+      signOut.submit();
     });
+  }
+
+  #deletePending(options = {}) {
+    return Promise.all([...this.#pending.values()].map((deletion) => deletion.now(options)));
   }
 
   get size() {
@@ -156,7 +166,7 @@ export class JobList {
   #actions = {
     cancel: (job) => this.#act(job, "cancel", `Cancelling ${fileName(job.file_path)}`),
     retry: (job) => this.#act(job, "retry", `${fileName(job.file_path)} is queued again`),
-    delete: (job) => this.#delete(job),
+    delete: (job, event) => this.#delete(job, event),
   };
 
   async #act(job, action, said) {
@@ -168,7 +178,7 @@ export class JobList {
     }
   }
 
-  #delete(job) {
+  #delete(job, event) {
     this.remove(job.id);
     const restore = () => {
       this.#pending.delete(job.id);
@@ -194,6 +204,7 @@ export class JobList {
     toast(`Deleted ${fileName(job.file_path)} and its recording`, {
       action: { label: "Undo", run: undo },
       seconds: UNDO_SECONDS,
+      focused: event.detail === 0, // by keyboard, from which it would be far away
       onGone: now,
     });
   }
@@ -258,7 +269,7 @@ class Row {
     const { job, actions } = this;
     const button = (label, act) => h(
       "button",
-      { type: "button", class: "quiet", "aria-label": `${label} ${fileName(job.file_path)}`, onclick: () => act(this.job) },
+      { type: "button", class: "quiet", "aria-label": `${label} ${fileName(job.file_path)}`, onclick: (event) => act(this.job, event) },
       label,
     );
     const focused = this.buttons.contains(document.activeElement) && document.activeElement.textContent;

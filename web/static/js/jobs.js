@@ -136,13 +136,11 @@ byId("more").addEventListener("click", loadMore);
 list.onChange = showEmpty;
 list.onRestored = load;
 
-let connectedBefore = false;
 follow("/jobs/events", {
-  snapshot({ jobs, gap }) {
+  snapshot({ jobs }) {
     for (const job of jobs) list.put(job);
-    // Something may have been missed while nobody looked.
-    if ((gap || connectedBefore) && !searched) load(list.size);
-    connectedBefore = true;
+    // It has active jobs only: what ended before it, after the list was read, nobody tells.
+    if (!searched) load(list.size);
   },
   job(job) {
     const news = list.put(job);

@@ -23,7 +23,12 @@ export class Recording {
         ? "The browser may not use the microphone. Allow it for this site in the address bar, then try again."
         : "No microphone was found. Plug one in, then try again.");
     }
-    recording.#begin();
+    try {
+      recording.#begin();
+    } catch {
+      for (const track of recording.#stream.getTracks()) track.stop();
+      throw new Error("This browser can't record. Record with another program and drop the file here.");
+    }
     return recording;
   }
 

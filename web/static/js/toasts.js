@@ -4,9 +4,10 @@ import { byId, h } from "./dom.js";
 
 /**
  * Show a message for some seconds. With an action (`{ label, run }`) it has a button. Returns a function that takes
- * it away; `onGone` is called once it has gone without the action. While it is pointed at or focused it stays.
+ * it away; `onGone` is called once it has gone without the action. While it is pointed at or has the focus it stays;
+ * `focused` gives that to its button.
  */
-export function toast(text, { action = null, seconds = 6, onGone = () => {} } = {}) {
+export function toast(text, { action = null, seconds = 6, focused = false, onGone = () => {} } = {}) {
   let timer;
   const remove = () => {
     clearTimeout(timer);
@@ -31,5 +32,6 @@ export function toast(text, { action = null, seconds = 6, onGone = () => {} } = 
   );
   byId("toasts").append(element);
   start();
+  if (focused) button?.focus();
   return { remove, expire };
 }

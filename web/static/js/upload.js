@@ -261,11 +261,12 @@ function forget(file) {
   }
 }
 
-/** Forget what can't be gone on with any more. */
-export function forgetExpired() {
+/** Forget what can't be gone on with any more, or all that is kept. */
+export function forgetUploads({ all = false } = {}) {
   try {
     for (const key of Object.keys(localStorage).filter((key) => key.startsWith(KEPT))) {
-      if (!(new Date(JSON.parse(localStorage.getItem(key))?.ticket?.expiresAt) > new Date())) localStorage.removeItem(key);
+      const expires = JSON.parse(localStorage.getItem(key))?.ticket?.expiresAt;
+      if (all || !(new Date(expires) > new Date())) localStorage.removeItem(key);
     }
   } catch {
     // storage is not allowed here

@@ -5,7 +5,7 @@ import { byId, h } from "./dom.js";
 import { bytes, clock, percent } from "./format.js";
 import { canRecord, Recording } from "./recorder.js";
 import { toast } from "./toasts.js";
-import { forgetExpired, upload } from "./upload.js";
+import { forgetUploads, upload } from "./upload.js";
 
 const AT_ONCE = 3;
 const OPTIONS = "pgscribe.options";
@@ -19,7 +19,8 @@ export class Uploads {
   constructor(onJob) {
     this.onJob = onJob;
     this.form = byId("options");
-    forgetExpired();
+    forgetUploads();
+    document.querySelector("form.account")?.addEventListener("submit", () => forgetUploads({ all: true }));
     this.#restoreOptions();
     this.#takeFiles();
     this.#takeRecordings();
