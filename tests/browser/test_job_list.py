@@ -242,7 +242,11 @@ def test_what_ends_before_the_stream_begins_is_shown_as_it_is(
     sign_in(page, user[1], "/app/nowhere")  # a page without a list
     complaints.clear()  # as there is no such page
     held: list[Route] = []
-    page.route("**/jobs/events", lambda route: held.append(route))
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/jobs/events", hold)
     with page.expect_request("**/jobs/events"):
         page.goto("/app")
     expect(row(page, "long ago.mp3").locator(".status")).to_have_text("Processing")
