@@ -24,10 +24,11 @@ from jobs.errors import (
 )
 from jobs.settings import Settings
 from web.auth import Authenticator, address
+from web.events import EventHub
 from web.middleware import allow_body
 from web.pages import HOME, SIGN_IN, render
 from web.same_origin import is_https, require_same_origin
-from web.sessions import Tokens, cookie_name, drop_cookie, sent_key, set_cookie
+from web.sessions import SessionKey, Tokens, cookie_name, drop_cookie, sent_key, set_cookie
 from web.sign_in import (
     LINK_ENDED,
     LINK_KINDS,
@@ -176,6 +177,7 @@ async def sign_out(request: Request) -> Response:
     if key is not None:
         authenticator: Authenticator = request.app.state.authenticator
         await authenticator.sign_out(key)
+        _end_streams(request, key)
     response = RedirectResponse(SIGN_IN, HTTPStatus.SEE_OTHER)
     drop_cookie(request, response, cookie_name(request))
     return response
@@ -248,12 +250,19 @@ async def _enter(request: Request, tokens: Tokens, next_page: str) -> Response:
     except (InvalidToken, NotAllowed) as exc:
         logger.error("What the sign-in service issues is not good here: %s", exc)  # noqa: TRY400
         raise SignInRefused(REFUSED) from exc
+    if replaced := sent_key(request):
+        _end_streams(request, replaced)
     response = RedirectResponse(next_page, HTTPStatus.SEE_OTHER)
     max_age = _settings(request).session_days * 24 * 3600
     set_cookie(request, response, cookie_name(request), cookie, max_age=max_age)
     if _link_cookie(request) in request.cookies:
         drop_cookie(request, response, _link_cookie(request))
     return response
+
+
+def _end_streams(request: Request, ended: SessionKey) -> None:
+    hub: EventHub = request.app.state.events
+    hub.end_session(ended.id)
 
 
 def _link_cookie(request: Request) -> str:
