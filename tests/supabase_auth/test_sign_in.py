@@ -216,7 +216,10 @@ def test_a_link_signs_in_the_browser_that_asked_for_it(
         assert COOKIE not in stranger.cookies
 
     done = browser.get(link, headers={"Sec-Fetch-Site": "cross-site"})
-    assert (done.status_code, done.headers["location"]) == (303, "/app")  # a space is no path's
+    assert (done.status_code, done.headers["location"]) == (
+        303,
+        "/app?signed-in=1",
+    )  # a space is no path's
     assert browser.get("/jobs").status_code == 200
     assert LINK_COOKIE not in browser.cookies
     assert error(browser.get(link)) == sign_in.LINK_ENDED
@@ -228,7 +231,7 @@ def test_a_link_leads_back_to_where_one_was_going(browser: httpx2.Client, auth: 
     code = "0b9e"
     auth.codes[code] = (auth.users[EMAIL], mail.challenge, time.time())
     done = browser.get(f"/app/sign-in/confirm?code={code}")
-    assert done.headers["location"] == "/app/jobs/1?t=2#x"
+    assert done.headers["location"] == "/app/jobs/1?t=2&signed-in=1#x"
 
 
 def test_whoever_asks_twice_can_use_the_first_link(browser: httpx2.Client, auth: Auth) -> None:
@@ -258,6 +261,33 @@ def test_a_token_hash_is_used_by_a_button_and_not_by_a_scanner(
     assert browser.get("/jobs").status_code == 200
     again = browser.post("/app/sign-in/confirm", data=form)
     assert error(again) == sign_in.LINK_ENDED
+
+
+def test_a_link_of_somebody_elses_says_whose_session_it_ends_and_who_one_is_then(
+    browser: httpx2.Client, site: Site, auth: Auth, conn: psycopg.Connection, make_user: MakeUser
+) -> None:
+    stranger = make_user()
+    auth.add(stranger, "<mallory>@example.org")
+    link = "/app/sign-in/confirm?token_hash={}&type=email"
+    with site.browser() as http:
+        for email in (EMAIL, "<mallory>@example.org"):
+            assert ask_for_link(http, email).status_code == 303
+    own, strange = (link.format(mail.token_hash) for mail in auth.mails)
+
+    assert "signed in as" not in browser.get(own).text
+    enter(browser)
+    assert "Signed in as <b>" not in browser.get("/app").text
+    page = browser.get(strange, headers={"Sec-Fetch-Site": "cross-site"})
+    assert f"signed in as <b>{EMAIL}</b>" in page.text
+    form = dict(re.findall(r'name="(\w+)" value="([^"]*)"', page.text))
+    done = browser.post("/app/sign-in/confirm", data=form)
+    landed = browser.get(done.headers["location"])
+    assert "Signed in as <b>&lt;mallory&gt;@example.org</b>." in landed.text
+
+    conn.execute("delete from pgscribe.web_sessions")
+    page = browser.get(own)
+    assert page.status_code == 200
+    assert "signed in as" not in page.text, "that session has ended"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -17,13 +17,14 @@ from jobs.errors import (
     InvalidInput,
     InvalidToken,
     NotAllowed,
+    NotAuthenticated,
     PgscribeError,
     RateLimited,
     SigningKeysUnavailable,
     SignInUnavailable,
 )
 from jobs.settings import Settings
-from web.auth import Authenticator, address
+from web.auth import Authenticator, Principal, address, authenticate
 from web.events import EventHub
 from web.middleware import allow_body
 from web.pages import HOME, SIGN_IN, render
@@ -139,7 +140,26 @@ async def show_confirm(request: Request) -> Response:
     token_hash, kind = query.get("token_hash", ""), query.get("type", "")
     if not _SECRET.fullmatch(token_hash) or kind not in LINK_KINDS:
         return _form(request, SignInRefused(LINK_ENDED))
-    return render(request, "sign_in_confirm.html", {"token_hash": token_hash, "kind": kind})
+    user = await _present_user(request)
+    context = {"token_hash": token_hash, "kind": kind}
+    return render(request, "sign_in_confirm.html", context, user=user)
+
+
+async def _present_user(request: Request) -> Principal | None:
+    """Return whose session a link would replace: anybody may send anybody one of their own."""
+    if sent_key(request) is None:
+        return None
+    try:
+        return await authenticate(request)
+    except (NotAuthenticated, NotAllowed):
+        return None
+
+
+def _saying_who(next_page: str) -> str:
+    """Return a page that says who is signed in, as a link does not say for whom it was made."""
+    parts = urlsplit(next_page)
+    query = f"{parts.query}&signed-in=1" if parts.query else "signed-in=1"
+    return urlunsplit(parts._replace(query=query))
 
 
 async def _with_code(request: Request, code: str) -> Response:
@@ -149,7 +169,8 @@ async def _with_code(request: Request, code: str) -> Response:
         if provider is None or not verifiers or not _SECRET.fullmatch(code):
             raise SignInRefused(LINK_ENDED)
         _count(request)
-        return await _enter(request, await provider.with_code(code, verifiers), next_page)
+        tokens = await provider.with_code(code, verifiers)
+        return await _enter(request, tokens, _saying_who(next_page))
     except _REFUSALS as exc:
         return _form(request, exc, next_page=next_page)
 
@@ -165,7 +186,8 @@ async def confirm(request: Request) -> Response:
         if not isinstance(provider, SupabaseSignIn) or not usable:
             raise SignInRefused(LINK_ENDED)
         _count(request)
-        return await _enter(request, await provider.with_token_hash(token_hash, kind), next_page)
+        tokens = await provider.with_token_hash(token_hash, kind)
+        return await _enter(request, tokens, _saying_who(next_page))
     except _REFUSALS as exc:
         return _form(request, exc, next_page=next_page)
 
