@@ -39,6 +39,7 @@ from web.sign_in import (
     SignInRefused,
     SupabaseSignIn,
     check_email,
+    refused_link,
 )
 from web.throttle import Throttle
 
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 MAX_FORM = 16 * 1024  # bytes
 MAX_FIELDS = 10
 MAX_NEXT = 2000  # characters
-MAX_SAID = 200  # characters of what the service says of itself
 MAX_LINKS = 3  # that one browser has asked for, and which are good for it
 LINK_COOKIE_SECONDS = 3600  # as long as Supabase's links are good, unless a project changes it
 LINK_SENT = f"{SIGN_IN}/link-sent"
@@ -133,8 +133,8 @@ async def show_confirm(request: Request) -> Response:
     query = request.query_params
     if request.method == "HEAD":
         return Response()
-    if said := query.get("error_description") or query.get("error"):
-        return _form(request, SignInRefused(f"The sign-in service says: {said[:MAX_SAID]}"))
+    if query.keys() & {"error", "error_code", "error_description"}:
+        return _form(request, refused_link(query.get("error_code", "")))
     if "code" in query:
         return await _with_code(request, query["code"])
     token_hash, kind = query.get("token_hash", ""), query.get("type", "")
