@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_FORM = 16 * 1024  # bytes
 MAX_FIELDS = 10
 MAX_NEXT = 2000  # characters
+SHARED = 10  # times as many attempts for one user as from one address
 MAX_LINKS = 3  # that one browser has asked for, and which are good for it
 LINK_COOKIE_SECONDS = 3600  # as long as Supabase's links are good, unless a project changes it
 LINK_SENT = f"{SIGN_IN}/link-sent"
@@ -257,11 +258,14 @@ async def _fields(request: Request) -> Mapping[str, str]:
 
 
 def _count(request: Request, email: str | None = None) -> None:
-    """Count an attempt of this address, and for this user. Raises ``RateLimited``."""
+    """Count an attempt of this address, and for this user. Raises ``RateLimited``.
+
+    One address can use up only a part of what all may try for a user, who can still sign in.
+    """
     attempts: Throttle = request.app.state.attempts
     attempts.take(f"address {address(request)}")
     if email is not None:
-        attempts.take(f"e-mail {email}")
+        attempts.take(f"e-mail {email}", SHARED * _settings(request).sign_in_rate_limit)
 
 
 async def _enter(request: Request, tokens: Tokens, next_page: str) -> Response:
