@@ -206,8 +206,8 @@ class Settings(TokenSettings, CallSettings):
     )
     sign_in_rate_limit: NonNegativeInt = Field(
         10,
-        description="Attempts to sign in a minute from one address, and for one e-mail address; "
-        "0: no limit.",
+        description="Attempts to sign in a minute from one address; ten times as many for one "
+        "e-mail address. 0: no limit.",
     )
     cors_origins: Values = Field(
         (),

@@ -5,7 +5,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -37,7 +37,8 @@ MAX_TOKEN = 8 * 1024  # characters
 LEEWAY = 10  # seconds by which clocks may differ: exp, nbf and iat are read that generously
 USER_HEADER = "Pgscribe-User"
 KNOWN = 10_000  # keys and sessions that were good a moment ago
-# A stream that a key has opened ends then, and its client comes back: the key may be revoked.
+# A stream that a key or a session has opened ends then, and its client comes back: the key may be
+# revoked, the session ended.
 KEY_SECONDS = 300
 
 _NOBODY = "Send the header `Authorization: Bearer <token or API key>`, or sign in at /app/sign-in"
@@ -150,7 +151,8 @@ def _check_storable(claims: Claims) -> None:
 class Principal:
     """Who a request acts for. ``claims`` are what its transactions run with.
 
-    ``requests_per_minute`` is set where an API key has a limit of its own.
+    ``requests_per_minute`` is set where an API key has a limit of its own, ``session_id`` where a
+    browser's session is why.
     """
 
     user_id: UUID
@@ -159,6 +161,19 @@ class Principal:
     scopes: frozenset[Scope] = frozenset(Scope)
     key_id: UUID | None = None
     requests_per_minute: int | None = None
+    session_id: bytes | None = field(default=None, repr=False)
+
+
+def session_claims(claims: Claims, session_id: bytes, now: float) -> Claims:
+    """Return a session's claims, good for ``KEY_SECONDS`` or up to a fifth less.
+
+    For that fifth they stay the same, as streams with the same claims share their looks. Each
+    session has its own times, so that not the streams of all come back at once.
+    """
+    step = KEY_SECONDS // 5
+    shift = int.from_bytes(session_id[:4]) % step
+    end = (int(now) - shift) // step * step + shift + KEY_SECONDS
+    return {**claims, "exp": min(int(claims["exp"]), end)}
 
 
 class Authenticator:
@@ -215,7 +230,9 @@ class Authenticator:
             self._known.pop(key.id, None)
             raise
         self._remember(key.id)
-        return await self._by_token(tokens.access_token, request)
+        user = await self._by_token(tokens.access_token, request)
+        claims = session_claims(user.claims, key.id, time.time())
+        return replace(user, claims=claims, session_id=key.id)
 
     async def _by_token(self, token: str, request: Request) -> Principal:
         claims = await self._verifier.verify(token)

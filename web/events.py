@@ -21,9 +21,17 @@ import psycopg
 from jobs import database
 from jobs.backoff import Backoff
 from jobs.connection import CALL_TIMEOUT, QueueConnection
-from jobs.errors import DatabaseUnavailable, JobNotFound, PgscribeError, ServerBusy, TooManyStreams
+from jobs.errors import (
+    DatabaseUnavailable,
+    JobNotFound,
+    NotAuthenticated,
+    PgscribeError,
+    ServerBusy,
+    TooManyStreams,
+)
 from jobs.settings import Settings
 from jobs.sql import EVENTS
+from web.sessions import SIGN_IN_AGAIN
 from web.sse import encode
 
 logger = logging.getLogger(__name__)
@@ -57,7 +65,8 @@ class Listener:
 
     __slots__ = (
         "_frames", "_on_close", "_over", "_text_due", "_text_sent", "_text_version", "_wake",
-        "audience", "ended", "ended_before", "expires", "gap", "job_id", "live", "opened", "since",
+        "audience", "ended", "ended_before", "expires", "gap", "job_id", "live", "opened",
+        "session_id", "since",
     )  # fmt: skip
 
     def __init__(self, audience: "Audience", job_id: UUID | None, on_close: "Forget") -> None:
@@ -70,6 +79,7 @@ class Listener:
         self.ended = False
         self.gap = False  # whether it may have missed something
         self.expires = float("inf")  # seconds since 1970
+        self.session_id: bytes | None = None  # of the browser's session that has opened it
         self._on_close = on_close
         self._frames: dict[object, bytes] = {}
         self._text_due: Topic | None = None
@@ -108,7 +118,8 @@ class Listener:
 
     def push_text(self, topic: "Topic") -> None:
         """Have the text sent that the client does not have, as it is then."""
-        if (self._text_version, self._text_sent) != (topic.version, len(topic.text)):
+        news = (self._text_version, self._text_sent) != (topic.version, len(topic.text))
+        if news and not self._over:
             self._text_due = topic
             self._wake.set()
 
@@ -468,11 +479,18 @@ class EventHub:
         return self._streams.total()
 
     async def listen(
-        self, claims: Mapping[str, Any], *, job_id: UUID | None = None, last_event_id: str = ""
+        self,
+        claims: Mapping[str, Any],
+        *,
+        job_id: UUID | None = None,
+        last_event_id: str = "",
+        session_id: bytes | None = None,
     ) -> Listener:
         """Return a stream of one job's events, or of all of the user's; ``close`` it in the end.
 
-        Raises ``JobNotFound``, ``TooManyStreams``, ``ServerBusy`` and ``DatabaseUnavailable``.
+        ``session_id``: of the browser's session that opens it, for ``end_session``. Raises
+        ``JobNotFound``, ``TooManyStreams``, ``ServerBusy``, ``DatabaseUnavailable`` and, if the
+        session ends meanwhile, ``NotAuthenticated``.
         """
         owner = UUID(claims["sub"])
         self._check_limits(owner)
@@ -482,6 +500,7 @@ class EventHub:
             listener.since = int(position[1]) - OVERLAP
             listener.ended_before = position[2] is not None
         listener.expires = float(claims.get("exp", "inf"))
+        listener.session_id = session_id
         self._changed.set()
         try:
             async with asyncio.timeout(OPENING):
@@ -500,6 +519,13 @@ class EventHub:
         for audience in list(self._audiences.values()):
             for listener in audience.listeners:
                 listener.fail(ServerBusy())
+
+    def end_session(self, session_id: bytes) -> None:
+        """End the streams of a session that has ended; those of the user's others go on."""
+        for audience in list(self._audiences.values()):
+            for listener in audience.listeners:
+                if listener.session_id == session_id:
+                    listener.fail(NotAuthenticated(SIGN_IN_AGAIN))
 
     def _check_limits(self, owner: UUID) -> None:
         if self._streams[owner] >= self._max_per_owner:

@@ -13,6 +13,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from jobs import __version__
 from web.endpoints import Answer, Endpoint, ErrorForm
 from web.problems import Problem
+from web.sessions import PLAIN_COOKIE, SECURE_COOKIE
 
 _REF = "#/components/schemas/{model}"
 _Models = set[tuple[type[BaseModel], JsonSchemaMode]]
@@ -21,6 +22,26 @@ _BEARER = {
     "type": "http",
     "scheme": "bearer",
     "description": "A token of Supabase Auth, or an API key (`pgscribe keys create`).",
+}
+
+_SESSION = (
+    "A browser's session of the web app; it counts where there is no `Authorization`. Methods but "
+    "GET, HEAD and OPTIONS need `Sec-Fetch-Site: same-origin` or this server's own `Origin`. "
+)
+_SECURITY_SCHEMES = {
+    "bearer": _BEARER,
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": SECURE_COOKIE,
+        "description": f"{_SESSION}Under https.",
+    },
+    "sessionWithoutHttps": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": PLAIN_COOKIE,
+        "description": f"{_SESSION}Under http.",
+    },
 }
 
 
@@ -41,7 +62,7 @@ def describe(endpoints: Iterable[Endpoint], tags: Mapping[str, str]) -> dict[str
             },
             "tags": [{"name": name, "description": text} for name, text in tags.items()],
             "paths": paths,
-            "components": {"schemas": _schemas(models), "securitySchemes": {"bearer": _BEARER}},
+            "components": {"schemas": _schemas(models), "securitySchemes": _SECURITY_SCHEMES},
         }
     )
     described: dict[str, Any] = document.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -61,7 +82,7 @@ def _operation(endpoint: Endpoint, models: _Models) -> dict[str, Any]:
             *_parameters(endpoint.model("headers"), "header"),
         ],
         "responses": _responses(endpoint, models),
-        "security": [{"bearer": []}] if "user" in endpoint.takes else [],
+        "security": [{name: []} for name in _SECURITY_SCHEMES] if "user" in endpoint.takes else [],
     }
     if body := _request_body(endpoint, models):
         operation["requestBody"] = body

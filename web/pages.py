@@ -130,7 +130,8 @@ def render(
         "Referrer-Policy": "same-origin",
     }
     operator = getattr(request.state, "operator", False)
-    values = {"user": user, "operator": operator, **(context or {})}
+    name = user and (user.claims.get("email") or user.user_id)
+    values = {"user": user, "user_name": name, "operator": operator, **(context or {})}
     return _templates.TemplateResponse(request, template, values, status, headers)
 
 

@@ -50,6 +50,7 @@ MAX_EMAIL = 254  # characters, as SMTP has it
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 _EMAIL = re.compile(r"[^\s@\x00-\x1f\x7f]+@[^\s@\x00-\x1f\x7f]+")
+_CODE = re.compile(r"[a-z_]{1,60}")
 _RETRY_AFTER = 60.0  # seconds, where Auth does not say
 
 WRONG_PASSWORD = "The e-mail address or the password is wrong."  # noqa: S105 - a sentence
@@ -60,6 +61,7 @@ LINK_ENDED = (
     "This link is not valid any more: it works once, for a limited time, and in the browser that "
     "asked for it. Ask for a new one."
 )
+LINK_FAILED = "Signing in with this link has failed. Ask for a new one, or use your password."
 REFUSED = "The sign-in service refused this. Whoever runs this server finds the reason in its log."
 
 _SENTENCES = {
@@ -94,6 +96,16 @@ _REFUSALS = frozenset({400, 401, 403, 404, 422})
 
 class SignInRefused(Exception):
     """Signing in failed; the message is a sentence for the user, of our own making."""
+
+
+def refused_link(code: str) -> SignInRefused:
+    """Return what to say of a link that leads here with an error.
+
+    Anybody can make such a link, so none of its words are shown, and few are logged.
+    """
+    if _CODE.fullmatch(code):
+        logger.warning("A link to sign in leads here with the error %s", code)
+    return SignInRefused(LINK_ENDED if _SENTENCES.get(code) == LINK_ENDED else LINK_FAILED)
 
 
 class SignIn(TokenSource, Protocol):

@@ -36,8 +36,9 @@ OTHER_TYPE = "application/octet-stream"
 class LocalStorage:
     """Files under ``root``; uploads of at most ``max_bytes``.
 
-    ``links`` signs the links that this API serves itself, under ``public_url`` if that is given.
-    With ``locate_seconds`` files are located by such a link, for machines that have no ``root``.
+    ``links`` signs the links that this API serves itself; they have no host, as clients know under
+    which they reach it. With ``locate_seconds`` files are located by such a link under
+    ``public_url``, for machines that have no ``root``.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class LocalStorage:
     async def locate(self, file_path: str) -> str:
         """Return the file's path on this machine, or a link to it. Raises ``AudioNotFound``."""
         if self._locate_seconds is not None:
-            return await self.sign_download(file_path, seconds=self._locate_seconds)
+            link = await self.sign_download(file_path, seconds=self._locate_seconds)
+            return self._public_url + link
         return str(await self.path(file_path))
 
     async def size(self, file_path: str) -> int | None:
@@ -183,7 +185,7 @@ class LocalStorage:
         token = self._signer.sign_upload(grant, expires_at=expires_at)
         return UploadTicket(
             method="PUT",
-            url=f"{self._public_url}{UPLOAD_PATH}{token}",
+            url=UPLOAD_PATH + token,
             headers={"Content-Type": content_type},
             file_path=file_path,
             expires_at=datetime.fromtimestamp(expires_at, UTC),
@@ -193,7 +195,7 @@ class LocalStorage:
         grant = ResumableGrant(file_path, size, int(time.time()) + RESUMABLE_SECONDS)
         return UploadTicket(
             method="TUS",
-            url=f"{self._public_url}{RESUMABLE_PATH}{self._signer.sign_resumable(grant)}",
+            url=RESUMABLE_PATH + self._signer.sign_resumable(grant),
             headers={},
             file_path=file_path,
             expires_at=datetime.fromtimestamp(grant.expires_at, UTC),
@@ -208,7 +210,7 @@ class LocalStorage:
         await self.path(file_path)
         grant = DownloadGrant(file_path, download_name)
         token = self._signer.sign_download(grant, expires_at=int(time.time() + seconds))
-        return f"{self._public_url}{DOWNLOAD_PATH}{token}"
+        return DOWNLOAD_PATH + token
 
     def verify_upload_token(self, token: str) -> UploadGrant:
         """Return what an upload link's token allows. Raises ``LinkInvalid``."""

@@ -27,6 +27,7 @@ from jobs.errors import (
     UploadTooLarge,
 )
 from jobs.settings import Settings
+from jobs.storage.base import RESUMABLE_ABOVE
 from jobs.storage.choose import make_storage
 from jobs.storage.links import DownloadGrant, LinkSigner, UploadGrant
 from jobs.storage.local import LocalStorage, served_type
@@ -300,6 +301,18 @@ async def test_modal_reads_local_audio_by_a_public_link_or_not_at_all(settings: 
     await storage.save("a/b.mp3", one(b"x"))
     located = await storage.locate("a/b.mp3")
     assert located.startswith("https://api.test/pgscribe/audio/ey")
+
+
+@pytest.mark.parametrize("size", [100, RESUMABLE_ABOVE + 1])
+async def test_clients_get_links_that_are_good_under_every_address(
+    settings: Settings, size: int
+) -> None:
+    storage = make_storage(settings.model_copy(update={"public_url": "https://tunnel.test"}))
+    await storage.save("a/b.mp3", one(b"x"))
+    ticket = await storage.sign_upload("a/c.mp3", content_type="audio/mpeg", size=size)
+    played = await storage.sign_download("a/b.mp3", seconds=9)
+    for link in (ticket.url, played):
+        assert link.startswith(("/uploads/", "/audio/")), "browsers take it for their own origin"
 
 
 async def test_supabase_needs_a_url_and_a_key(settings: Settings) -> None:

@@ -90,6 +90,16 @@ def test_every_operation_says_what_it_does() -> None:
             assert "default" not in operation["responses"], (method, path)
 
 
+def test_sessions_of_browsers_are_described_where_tokens_are() -> None:
+    schemes = DESCRIPTION["components"]["securitySchemes"]
+    cookies = {name: s["name"] for name, s in schemes.items() if s.get("in") == "cookie"}
+    assert set(cookies.values()) == {"__Host-pgscribe", "pgscribe-session"}
+    ways = [{"bearer": []}, *({name: []} for name in cookies)]
+    by_user = DESCRIPTION["paths"]["/jobs"]["get"], DESCRIPTION["paths"]["/process"]["post"]
+    by_link = DESCRIPTION["paths"]["/audio/{token}"]["get"]
+    assert [operation["security"] for operation in (*by_user, by_link)] == [ways, ways, []]
+
+
 def test_the_description_is_served(settings: Settings) -> None:
     with TestClient(create_app(settings)) as api:
         assert api.get("/openapi.json").json() == DESCRIPTION

@@ -194,6 +194,19 @@ def test_a_browser_without_scripts(site: Site, chromium: Browser, host: str) -> 
     assert page.url.startswith(f"{url}/app/sign-in"), "nothing is shown from a cache"
 
 
+def test_phones_show_who_is_signed_in(site: Site, chromium: Browser) -> None:
+    context = chromium.new_context(viewport={"width": 320, "height": 640})
+    context.add_cookies([{"name": COOKIE, "value": site.sign_in(), "url": site.url}])
+    page = context.new_page()
+    page.goto(f"{site.url}/app")
+    who, out = page.locator(".account .email"), page.get_by_role("button", name="Sign out")
+    assert who.inner_text() == EMAIL
+    assert who.evaluate("e => e.scrollWidth <= e.clientWidth"), "all of it"
+    assert out.is_visible()
+    who.evaluate("e => e.textContent = 'x'.repeat(254)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "scribe.test"])
 def test_a_page_elsewhere_that_posts_a_form(
     site: Site, chromium: Browser, host: str, conn: psycopg.Connection

@@ -21,10 +21,11 @@ from jobs.dev import free_port
 from jobs.settings import Settings
 from jobs.sql import WEB_SESSIONS
 from tests.conftest import MakeUser
-from tests.streams import until
-from tests.supabase_auth.conftest import COOKIE, Site, enter, running
+from tests.streams import Stream, until
+from tests.supabase_auth.conftest import COOKIE, EMAIL, Site, enter, running
 from tests.supabase_auth.server import Auth
 from web import sessions
+from web.auth import session_claims
 from web.sessions import SessionKey
 
 REFRESH = "/token?refresh_token"
@@ -325,6 +326,67 @@ def test_signing_out_ends_the_session_everywhere_at_once(
     assert len(auth.sessions) == 1
     assert site.ask(kept).status_code == 200, "the user's other session goes on"
     assert count(conn) == 1
+
+
+@contextmanager
+def following(site: Site, cookie: str) -> Iterator[Stream]:
+    headers = {"Cookie": f"{COOKIE}={cookie}"}
+    with httpx2.stream("GET", f"{site.url}/jobs/events", headers=headers, timeout=20) as response:
+        assert response.status_code == 200
+        stream = Stream(response)
+        stream.expect("snapshot")
+        yield stream
+
+
+def test_streams_end_with_their_session_here_at_once(site: Site, conn: psycopg.Connection) -> None:
+    with site.browser() as http:
+        enter(http)
+        out, kept, replaced = http.cookies[COOKIE], site.sign_in(), site.sign_in()
+        with (
+            following(site, out) as ended,
+            following(site, replaced) as also_ended,
+            following(site, kept) as goes_on,
+        ):
+            http.post("/app/sign-out")
+            ended.expect_end()
+            http.cookies.set(COOKIE, replaced, domain="127.0.0.1")
+            enter(http)
+            also_ended.expect_end()
+            job = submit(conn)
+            goes_on.until("job", id=job)
+
+
+def submit(conn: psycopg.Connection) -> str:
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path)"
+        " select id, id || '/a.mp3' from auth.users where email = %s returning id::text",
+        (EMAIL,),
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_streams_on_other_servers_end_soon(
+    site: Site, project: Settings, auth: Auth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("web.auth.KEY_SECONDS", 5)
+    cookie = site.sign_in()
+    with running(project, auth) as other, following(other, cookie) as stream:
+        with site.browser(Cookie=f"{COOKIE}={cookie}") as http:
+            http.post("/app/sign-out")
+        stream.expect("end", reason="token_expired")
+        stream.expect_end()
+        assert_ended(other.ask(cookie, "/jobs/events"))
+
+
+@pytest.mark.parametrize("session", [bytes(32), b"\xff" * 32, bytes(range(32))])
+def test_a_sessions_claims_end_within_five_minutes_and_change_each_minute(session: bytes) -> None:
+    claims = {"sub": "ann", "exp": 10_000.0}
+    ends = [session_claims(claims, session, now / 2)["exp"] for now in range(2000, 18_000)]
+    ahead = {end - now / 2 for now, end in enumerate(ends, 2000)}
+    assert (min(ahead), max(ahead)) == (240.5, 300)
+    assert len(set(ends)) == pytest.approx(8000 / 60, abs=2)
+    assert session_claims(claims, session, 9_999) == claims, "no later than its token's"
 
 
 def test_signing_out_long_after_the_token_has_ended(site: Site, auth: Auth) -> None:

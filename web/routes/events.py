@@ -52,7 +52,9 @@ async def _stream(
     if request.method == "HEAD":
         return Response(headers=HEADERS)
     hub: EventHub = request.app.state.events
-    listener = await hub.listen(user.claims, job_id=job_id, last_event_id=last_event_id)
+    listener = await hub.listen(
+        user.claims, job_id=job_id, last_event_id=last_event_id, session_id=user.session_id
+    )
     if listener.ended and listener.ended_before:
         listener.close()
         return Response(status_code=HTTPStatus.NO_CONTENT)  # EventSource does not come back then

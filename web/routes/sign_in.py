@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -17,17 +17,19 @@ from jobs.errors import (
     InvalidInput,
     InvalidToken,
     NotAllowed,
+    NotAuthenticated,
     PgscribeError,
     RateLimited,
     SigningKeysUnavailable,
     SignInUnavailable,
 )
 from jobs.settings import Settings
-from web.auth import Authenticator, address
+from web.auth import Authenticator, Principal, address, authenticate
+from web.events import EventHub
 from web.middleware import allow_body
 from web.pages import HOME, SIGN_IN, render
 from web.same_origin import is_https, require_same_origin
-from web.sessions import Tokens, cookie_name, drop_cookie, sent_key, set_cookie
+from web.sessions import SessionKey, Tokens, cookie_name, drop_cookie, sent_key, set_cookie
 from web.sign_in import (
     LINK_ENDED,
     LINK_KINDS,
@@ -37,6 +39,7 @@ from web.sign_in import (
     SignInRefused,
     SupabaseSignIn,
     check_email,
+    refused_link,
 )
 from web.throttle import Throttle
 
@@ -45,7 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_FORM = 16 * 1024  # bytes
 MAX_FIELDS = 10
 MAX_NEXT = 2000  # characters
-MAX_SAID = 200  # characters of what the service says of itself
+SHARED = 10  # times as many attempts for one user as from one address
 MAX_LINKS = 3  # that one browser has asked for, and which are good for it
 LINK_COOKIE_SECONDS = 3600  # as long as Supabase's links are good, unless a project changes it
 LINK_SENT = f"{SIGN_IN}/link-sent"
@@ -131,14 +134,33 @@ async def show_confirm(request: Request) -> Response:
     query = request.query_params
     if request.method == "HEAD":
         return Response()
-    if said := query.get("error_description") or query.get("error"):
-        return _form(request, SignInRefused(f"The sign-in service says: {said[:MAX_SAID]}"))
+    if query.keys() & {"error", "error_code", "error_description"}:
+        return _form(request, refused_link(query.get("error_code", "")))
     if "code" in query:
         return await _with_code(request, query["code"])
     token_hash, kind = query.get("token_hash", ""), query.get("type", "")
     if not _SECRET.fullmatch(token_hash) or kind not in LINK_KINDS:
         return _form(request, SignInRefused(LINK_ENDED))
-    return render(request, "sign_in_confirm.html", {"token_hash": token_hash, "kind": kind})
+    user = await _present_user(request)
+    context = {"token_hash": token_hash, "kind": kind}
+    return render(request, "sign_in_confirm.html", context, user=user)
+
+
+async def _present_user(request: Request) -> Principal | None:
+    """Return whose session a link would replace: anybody may send anybody one of their own."""
+    if sent_key(request) is None:
+        return None
+    try:
+        return await authenticate(request)
+    except (NotAuthenticated, NotAllowed):
+        return None
+
+
+def _saying_who(next_page: str) -> str:
+    """Return a page that says who is signed in, as a link does not say for whom it was made."""
+    parts = urlsplit(next_page)
+    query = f"{parts.query}&signed-in=1" if parts.query else "signed-in=1"
+    return urlunsplit(parts._replace(query=query))
 
 
 async def _with_code(request: Request, code: str) -> Response:
@@ -148,7 +170,8 @@ async def _with_code(request: Request, code: str) -> Response:
         if provider is None or not verifiers or not _SECRET.fullmatch(code):
             raise SignInRefused(LINK_ENDED)
         _count(request)
-        return await _enter(request, await provider.with_code(code, verifiers), next_page)
+        tokens = await provider.with_code(code, verifiers)
+        return await _enter(request, tokens, _saying_who(next_page))
     except _REFUSALS as exc:
         return _form(request, exc, next_page=next_page)
 
@@ -164,7 +187,8 @@ async def confirm(request: Request) -> Response:
         if not isinstance(provider, SupabaseSignIn) or not usable:
             raise SignInRefused(LINK_ENDED)
         _count(request)
-        return await _enter(request, await provider.with_token_hash(token_hash, kind), next_page)
+        tokens = await provider.with_token_hash(token_hash, kind)
+        return await _enter(request, tokens, _saying_who(next_page))
     except _REFUSALS as exc:
         return _form(request, exc, next_page=next_page)
 
@@ -176,6 +200,7 @@ async def sign_out(request: Request) -> Response:
     if key is not None:
         authenticator: Authenticator = request.app.state.authenticator
         await authenticator.sign_out(key)
+        _end_streams(request, key)
     response = RedirectResponse(SIGN_IN, HTTPStatus.SEE_OTHER)
     drop_cookie(request, response, cookie_name(request))
     return response
@@ -233,11 +258,14 @@ async def _fields(request: Request) -> Mapping[str, str]:
 
 
 def _count(request: Request, email: str | None = None) -> None:
-    """Count an attempt of this address, and for this user. Raises ``RateLimited``."""
+    """Count an attempt of this address, and for this user. Raises ``RateLimited``.
+
+    One address can use up only a part of what all may try for a user, who can still sign in.
+    """
     attempts: Throttle = request.app.state.attempts
     attempts.take(f"address {address(request)}")
     if email is not None:
-        attempts.take(f"e-mail {email}")
+        attempts.take(f"e-mail {email}", SHARED * _settings(request).sign_in_rate_limit)
 
 
 async def _enter(request: Request, tokens: Tokens, next_page: str) -> Response:
@@ -248,12 +276,19 @@ async def _enter(request: Request, tokens: Tokens, next_page: str) -> Response:
     except (InvalidToken, NotAllowed) as exc:
         logger.error("What the sign-in service issues is not good here: %s", exc)  # noqa: TRY400
         raise SignInRefused(REFUSED) from exc
+    if replaced := sent_key(request):
+        _end_streams(request, replaced)
     response = RedirectResponse(next_page, HTTPStatus.SEE_OTHER)
     max_age = _settings(request).session_days * 24 * 3600
     set_cookie(request, response, cookie_name(request), cookie, max_age=max_age)
     if _link_cookie(request) in request.cookies:
         drop_cookie(request, response, _link_cookie(request))
     return response
+
+
+def _end_streams(request: Request, ended: SessionKey) -> None:
+    hub: EventHub = request.app.state.events
+    hub.end_session(ended.id)
 
 
 def _link_cookie(request: Request) -> str:
