@@ -115,7 +115,7 @@ class NotAnOperator(NotAllowed):
 
 
 class RateLimited(PgscribeError):
-    """Too many requests. ``limit`` is how many a minute may hold, ``retry_after`` in seconds."""
+    """Too many requests. ``limit``: how many a minute, or a moment, may hold."""
 
     code = "rate_limited"
     retryable = True

@@ -139,7 +139,10 @@ MATCH, MATCH_END = "\x02", "\x03"
 
 
 class SearchResult(BaseModel):
-    """A completed job in whose transcript a search has found something. ``hits``: up to three."""
+    """A completed job in whose transcript a search has found something.
+
+    ``hits``: up to three segments, as corrected; none if all that were found are left out.
+    """
 
     model_config = ConfigDict(frozen=True)
 

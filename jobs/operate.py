@@ -202,12 +202,13 @@ class JobFilter:
 class Changed(_Frozen):
     """How many jobs were changed, and whether the same request would change ``more``.
 
-    ``refused``: those whose owners have as many jobs that wait as they may have.
+    ``refused``: those whose owners have as many jobs that wait as they may have. ``at``: when.
     """
 
     changed: int
     more: bool
     refused: int
+    at: datetime
 
 
 async def is_operator(conn: Connection) -> bool:
@@ -255,10 +256,16 @@ async def list_jobs(
 
 
 async def change_jobs(
-    conn: Connection, action: Action, jobs: JobFilter | Sequence[UUID]
+    conn: Connection,
+    action: Action,
+    jobs: JobFilter | Sequence[UUID],
+    *,
+    ended_before: datetime | None = None,
 ) -> Changed:
     """Cancel or retry up to ``MAX_CHANGED`` jobs of any owners; what can't be is left as it is.
 
+    Of jobs to retry, ``ended_before`` leaves out those that ended later: also those that were
+    retried since, and failed again.
     What somebody has locked is not waited for: it is ``more``.
     """
     chosen = jobs if isinstance(jobs, JobFilter) else JobFilter()
@@ -271,9 +278,8 @@ async def change_jobs(
     ids = None if isinstance(jobs, JobFilter) else list(jobs)
     async with conn.cursor(row_factory=class_row(Changed)) as cursor:
         with _operators_only():
-            await cursor.execute(
-                OPERATE[f"operator_{action}_jobs"], {**chosen.values(), "ids": ids}
-            )
+            values = {**chosen.values(), "ids": ids, "ended_before": ended_before}
+            await cursor.execute(OPERATE[f"operator_{action}_jobs"], values)
         changed = await cursor.fetchone()
     assert changed is not None
     return changed

@@ -8,13 +8,18 @@ cells, of which a full-width character takes two: text that is mostly of those g
 Where to cut is found for the whole transcript at once: of all ways to cut it, the cheapest by
 `_Costs`. Times are those of the words, or else shares of the segment's by the length of the text.
 No cue has the words of two speakers.
+
+Whoever corrects a transcript decides what is set here, so the work is in proportion to the text,
+whatever is in it.
 """
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -90,6 +95,13 @@ _STICKS_TO_LEFT: Final = (
 _STICKS_TO_RIGHT: Final = frozenset("“‘«‹([{「『（［｛【〈《$¥€£#@")  # noqa: RUF001
 _UNSPACED_BLOCKS: Final = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF))
 _WIDE: Final = frozenset("WF")
+_WITHOUT_CELL: Final = frozenset({"Mn", "Me", "Cf"})
+_NO_SPACE: Final = re.compile(r"\S")
+_ENDS_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "sentence": tuple(_SENTENCE_ENDS),
+    "clause": tuple(_CLAUSE_ENDS),
+}
+_ALL_CLOSING: Final = "".join(_CLOSING)
 
 
 class _Costs:
@@ -107,17 +119,20 @@ class _Costs:
 
 
 _LONG_PAUSE: Final = 2.0  # seconds: no cue goes on over it
+# More than anybody says in the time that a cue may last. What says more is looked at that far.
+_MOST_ATOMS: Final = 64
 
 
 def cells(text: str) -> int:
     """Return how many cells wide a text is: 2 for full-width characters, 0 for marks on others."""
-    return sum(map(_cell, text))
+    return len(text) if text.isascii() else sum(map(_cell, text))
 
 
+@lru_cache(4096)
 def _cell(char: str) -> int:
     if unicodedata.east_asian_width(char) in _WIDE:
         return 2
-    return 0 if unicodedata.category(char) in {"Mn", "Me", "Cf"} else 1
+    return 0 if unicodedata.category(char) in _WITHOUT_CELL else 1
 
 
 # Atoms --------------------------------------------------------------------------------------------
@@ -158,9 +173,10 @@ def _timed_words(segment: Segment) -> list[_Atom] | None:
         spoken = word.word.strip()
         if not spoken:
             continue
-        begin = place + len(text[place:]) - len(text[place:].lstrip())
-        if not text.startswith(spoken, begin):
+        at = _NO_SPACE.search(text, place)
+        if at is None or not text.startswith(spoken, at.start()):
             return None
+        begin = at.start()
         spaced = begin > place or not found
         place = begin + len(spoken)
         found += _word_atoms(replace(word, word=spoken), spaced=spaced)
@@ -194,13 +210,10 @@ def _shares(segment: Segment) -> list[_Atom]:
 
 def _pieces(token: str) -> list[str]:
     """Return a token's parts between which a line may break: most have none."""
-    pieces = [token[0]]
-    for left, right in pairwise(token):
-        if _breaks_between(left, right):
-            pieces.append(right)
-        else:
-            pieces[-1] += right
-    return pieces
+    if token.isascii():  # none breaks without a full-width character
+        return [token]
+    breaks = [n for n, (a, b) in enumerate(pairwise(token), 1) if _breaks_between(a, b)]
+    return [token[begin:end] for begin, end in pairwise([0, *breaks, len(token)])]
 
 
 def _breaks_between(left: str, right: str) -> bool:
@@ -258,19 +271,17 @@ def _cut_hard(atom: _Atom, line_length: int) -> Iterator[_Atom]:
     if atom.width <= line_length:
         yield atom
         return
-    parts = [atom.text[0]]
-    for char in atom.text[1:]:
-        if unicodedata.category(char)[0] != "M" and cells(parts[-1] + char) > line_length:
-            parts.append(char)
-        else:
-            parts[-1] += char
+    cuts, width = [0], 0
+    for place, char in enumerate(atom.text):
+        width += _cell(char)
+        if place and width > line_length and unicodedata.category(char)[0] != "M":
+            cuts.append(place)
+            width = _cell(char)
     second = (atom.end - atom.start) / len(atom.text)
-    place = 0
-    for number, part in enumerate(parts):
-        start = atom.start + place * second
-        place += len(part)
-        end = atom.start + place * second
-        spaced = atom.spaced and number == 0
+    for begin, stop in pairwise([*cuts, len(atom.text)]):
+        part = atom.text[begin:stop]
+        start, end = (atom.start + place * second for place in (begin, stop))
+        spaced = atom.spaced and begin == 0
         yield replace(atom, text=part, start=start, end=end, spaced=spaced, width=cells(part))
 
 
@@ -279,7 +290,9 @@ def _in_order(atoms: Iterable[_Atom]) -> list[_Atom]:
     ordered, latest = list[_Atom](), 0.0
     for atom in atoms:
         start = max(latest, atom.start)
-        ordered.append(replace(atom, start=start, end=max(start, atom.end)))
+        if start > atom.start or start > atom.end:
+            atom = replace(atom, start=start, end=max(start, atom.end))  # noqa: PLW2901
+        ordered.append(atom)
         latest = start
     return ordered
 
@@ -292,13 +305,12 @@ def _joint(left: _Atom, right: _Atom) -> str:
     if left.is_label:
         return "bad"
     word = left.text.lower().lstrip("¿¡\"'([«“„")
-    bare = word.rstrip("".join(_CLOSING))
+    bare = word.rstrip(_ALL_CLOSING)
     if word in _TITLES or word in _LEADING:
         return "bad"
-    if bare.endswith(tuple(_SENTENCE_ENDS)):
-        return "sentence"
-    if bare.endswith(tuple(_CLAUSE_ENDS)):
-        return "clause"
+    for joint, ends in _ENDS_OF.items():
+        if bare.endswith(ends):
+            return joint
     if not right.spaced:  # in Japanese, words rather begin behind hiragana, and seldom with it
         begins = _is_hiragana(left.text[-1]) and not _is_hiragana(right.text[0])
         return "before" if begins else "bad"
@@ -316,94 +328,106 @@ class _Cutter:
         self._length = layout.max_line_length
         self._lines = layout.max_lines
         self._joints = [*(_joint(a, b) for a, b in pairwise(atoms)), "sentence"]
+        #: What each atom costs at the end of a cue, and within one, as far as that is known before.
+        self._ending = [_Costs.CUE + _Costs.BREAK[joint] for joint in self._joints]
+        self._within = [0.0, *map(self._inner_cost, range(1, len(atoms)))]
+        # By width. One full-width character may be more than a line.
+        widths, capacity = range(max(2, self._length) * self._lines + 1), self._length * self._lines
+        self._emptiness = [_Costs.EMPTINESS * max(0.0, 1 - n / capacity) ** 2 for n in widths]
+        self._reading = [_reading_time(width, layout) for width in widths]
 
-    def cuts(self) -> list[tuple[int, int]]:
-        """Return the cues as ranges of atoms."""
+    def _inner_cost(self, place: int) -> float:
+        """Return what it costs that a cue goes on with this atom; infinity where none may."""
+        before, atom = self._atoms[place - 1], self._atoms[place]
+        pause = atom.start - before.end
+        if pause > _LONG_PAUSE or atom.speaker != before.speaker:
+            return math.inf
+        sentence = _Costs.INNER_SENTENCE * (self._joints[place - 1] == "sentence")
+        return _Costs.PAUSE * max(0.0, pause - 0.5) + sentence
+
+    def cues(self) -> list[tuple[int, int, tuple[str, ...]]]:
+        """Return the cues: ranges of atoms, and their lines."""
+        ranges = self._ranges()
+        return [(begin, end, self._broken(begin, end)) for begin, end in ranges]
+
+    def _ranges(self) -> list[tuple[int, int]]:
         count = len(self._atoms)
         best = [0.0] + [math.inf] * count
         origin = [0] * (count + 1)
         for begin in range(count):
+            so_far = best[begin]
             for end, cost in self._cues_from(begin):
-                if best[begin] + cost < best[end]:
-                    best[end], origin[end] = best[begin] + cost, begin
-        ranges, end = list[tuple[int, int]](), count
-        while end:
-            ranges.append((origin[end], end))
-            end = origin[end]
-        return ranges[::-1]
+                if so_far + cost < best[end]:
+                    best[end], origin[end] = so_far + cost, begin
+        return _ranges_to(origin)
 
     def _cues_from(self, begin: int) -> Iterator[tuple[int, float]]:
         """Yield where a cue that begins there may end, and what it costs."""
         lines, line, width, inner = 1, 0, 0, 0.0
-        first = self._atoms[begin]
-        for place in range(begin, len(self._atoms)):
+        start = self._atoms[begin].start
+        for place in range(begin, min(begin + _MOST_ATOMS, len(self._atoms))):
             atom = self._atoms[place]
             needed = atom.width + (atom.spaced and line > 0)
             if line + needed > self._length and place > begin:
                 lines, line, needed = lines + 1, 0, atom.width
             line += needed
             width += needed
-            too_long = (atom.end - first.start) * 1000 > self._layout.max_duration
             if place > begin:
-                pause = atom.start - self._atoms[place - 1].end
-                if lines > self._lines or too_long or pause > _LONG_PAUSE:
+                inner += self._within[place]
+                too_long = (atom.end - start) * 1000 > self._layout.max_duration
+                if lines > self._lines or too_long or inner == math.inf:
                     return
-                if atom.speaker != first.speaker:
-                    return
-                inner += _Costs.PAUSE * max(0.0, pause - 0.5)
-                inner += _Costs.INNER_SENTENCE * (self._joints[place - 1] == "sentence")
             yield place + 1, inner + self._cost(begin, place, width)
 
     def _cost(self, begin: int, last: int, width: int) -> float:
-        layout, joint = self._layout, self._joints[last]
-        cost = _Costs.CUE + _Costs.BREAK[joint]
-        capacity = self._length * self._lines
-        cost += _Costs.EMPTINESS * max(0.0, 1 - width / capacity) ** 2
-        if begin == last and joint != "sentence" and width < self._length / 4:
+        cost = self._ending[last] + self._emptiness[width]
+        if begin == last and self._joints[last] != "sentence" and width < self._length / 4:
             cost += _Costs.ORPHAN
         if last + 1 < len(self._atoms):
             start = self._atoms[begin].start
-            time = (self._atoms[last + 1].start - start) * 1000 - layout.min_gap
-            cost += _Costs.HURRY * max(0.0, _reading_time(width, layout) - time) / 1000
+            time = (self._atoms[last + 1].start - start) * 1000 - self._layout.min_gap
+            if (reading := self._reading[width]) > time:
+                cost += _Costs.HURRY * (reading - time) / 1000
         return cost
+
+    def _broken(self, first: int, last: int) -> tuple[str, ...]:
+        """Break a cue into as few lines as it takes, at joints and of about equal length."""
+        atoms, joints = self._atoms[first:last], self._joints[first:last]
+        limit, count = self._length, len(atoms)
+        best: list[tuple[int, float]] = [(0, 0.0)] + [(count + 1, math.inf)] * count
+        origin = [0] * (count + 1)
+        for begin in range(count):
+            width = 0
+            for end in range(begin + 1, count + 1):
+                atom = atoms[end - 1]
+                width += atom.width + (atom.spaced and end > begin + 1)
+                if width > limit and end > begin + 1:
+                    break
+                cost = (width / limit) ** 2 * 12  # of lines with one sum, equal ones cost least
+                if end < count:
+                    cost += _Costs.BREAK[joints[end - 1]]
+                total = (best[begin][0] + 1, best[begin][1] + cost)
+                if total < best[end]:
+                    best[end], origin[end] = total, begin
+        return tuple(_joined(atoms[begin:end]) for begin, end in _ranges_to(origin))
+
+
+def _ranges_to(origin: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges up to the end; ``origin`` says where the one begins that ends there."""
+    ranges, end = list[tuple[int, int]](), len(origin) - 1
+    while end:
+        ranges.append((origin[end], end))
+        end = origin[end]
+    return ranges[::-1]
+
+
+def _joined(atoms: Sequence[_Atom]) -> str:
+    return atoms[0].text + "".join(" " * a.spaced + a.text for a in atoms[1:])
 
 
 def _reading_time(width: int, layout: Layout) -> float:
     seconds = width / layout.cells_per_second
     return min(layout.max_duration, max(layout.min_duration, seconds * 1000))
-
-
-# Lines --------------------------------------------------------------------------------------------
-
-
-def _lines(atoms: Sequence[_Atom], layout: Layout) -> tuple[str, ...]:
-    """Break a cue into as few lines as it takes, at joints and of about equal length."""
-    assert layout.max_line_length is not None
-    limit, count = layout.max_line_length, len(atoms)
-    best: list[tuple[int, float]] = [(0, 0.0)] + [(count + 1, math.inf)] * count
-    origin = [0] * (count + 1)
-    for begin in range(count):
-        width = 0
-        for end in range(begin + 1, count + 1):
-            atom = atoms[end - 1]
-            width += atom.width + (atom.spaced and end > begin + 1)
-            if width > limit and end > begin + 1:
-                break
-            cost = (width / limit) ** 2 * 12  # of lines with one sum, equal ones cost least
-            if end < count:
-                cost += _Costs.BREAK[_joint(atom, atoms[end])]
-            total = (best[begin][0] + 1, best[begin][1] + cost)
-            if total < best[end]:
-                best[end], origin[end] = total, begin
-    lines, end = list[str](), count
-    while end:
-        lines.append(_joined(atoms[origin[end] : end]))
-        end = origin[end]
-    return tuple(lines[::-1])
-
-
-def _joined(atoms: Sequence[_Atom]) -> str:
-    return atoms[0].text + "".join(" " * a.spaced + a.text for a in atoms[1:])
 
 
 # Cues ---------------------------------------------------------------------------------------------
@@ -420,11 +444,11 @@ def cues(transcript: Transcript, layout: Layout = Layout(), *, labels: bool = Fa
     atoms = _in_order(_atoms(transcript, layout.max_line_length, labels=labels))
     if not atoms:
         return []
-    ranges = _Cutter(atoms, layout).cuts()
-    texts = [_lines(atoms[begin:end], layout) for begin, end in ranges]
-    spoken = [(atoms[begin].start, atoms[end - 1].end) for begin, end in ranges]
+    found = _Cutter(atoms, layout).cues()
+    texts = [text for _, _, text in found]
+    spoken = [(atoms[begin].start, atoms[end - 1].end) for begin, end, _ in found]
     times = _times(spoken, [sum(map(cells, text)) for text in texts], transcript.duration, layout)
-    speakers = [atoms[begin].speaker for begin, _ in ranges]
+    speakers = [atoms[begin].speaker for begin, _, _ in found]
     return [
         Cue(start, end, text, speaker)
         for (start, end), text, speaker in zip(times, texts, speakers, strict=True)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import wave
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -72,6 +73,16 @@ def models_dir() -> Path:
 @pytest.fixture(scope="session")
 def sample() -> Path:
     return REPO / "examples" / "sample.mp3"
+
+
+@pytest.fixture(scope="session")
+def silence(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seconds in which nobody speaks."""
+    path = tmp_path_factory.mktemp("audio") / "silence.wav"
+    with wave.open(str(path), "wb") as recording:
+        recording.setparams((1, 2, 16000, 0, "NONE", ""))
+        recording.writeframes(bytes(2 * 16000 * 3))
+    return path
 
 
 @pytest.fixture(scope="session")

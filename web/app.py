@@ -20,6 +20,7 @@ from web.events import EventHub
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.pages import ExceptionHandler, as_page
+from web.rendering import Renderer
 from web.routes import (
     corrections,
     docs,
@@ -82,6 +83,7 @@ def create_app(settings: Settings) -> Starlette:
                 await stack.enter_async_context(aclosing(state.sign_in))
             await stack.enter_async_context(aclosing(state.authenticator))
             await stack.enter_async_context(aclosing(state.storage))
+            await stack.enter_async_context(state.renderer)
             await stack.enter_async_context(state.events)
             yield
 
@@ -106,6 +108,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.settings = settings
     app.state.events = EventHub(settings)
     app.state.waiters = Waiters()
+    app.state.renderer = Renderer()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
     app.state.pool = database.make_pool(settings, name="web")
     app.state.sign_in = choose(settings, app.state.pool)

@@ -109,3 +109,66 @@ grant select, delete, insert (job_id, segment, text, speaker), update (job_id, s
   on public.transcript_corrections to authenticated, service_role;
 revoke execute on function pgscribe.reject_correction, pgscribe.check_correction, pgscribe.check_corrected_segments
   from public, anon, authenticated, service_role;
+
+-- Search looks into what was transcribed and shows what was corrected -----------------------------------------------
+
+drop function pgscribe.search_hits(jsonb, tsquery);
+create function pgscribe.search_hits(result jsonb, words tsquery, corrected jsonb) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(
+    (select jsonb_agg(jsonb_build_object('start', h.segment -> 'start', 'end', h.segment -> 'end',
+              'text', ts_headline('simple', h.shown, words, E'HighlightAll=true, StartSel=\x02, StopSel=\x03')) order by h.place)
+       from (select s.segment, s.place, t.shown
+               from jsonb_array_elements(case jsonb_typeof(result -> 'segments') when 'array' then result -> 'segments' else '[]' end)
+                    with ordinality s (segment, place)
+              cross join lateral (
+                select translate(left(s.segment ->> 'text', 2000), E'\x02\x03', '') as plain,
+                       translate(left(coalesce(corrected ->> (s.place - 1)::text, s.segment ->> 'text'), 2000), E'\x02\x03', '') as shown) t
+              where to_tsvector('simple', t.plain) @@ words and t.shown ~ '[^[:space:]]'
+              order by s.place limit 3) h),
+    case when corrected is null then
+      jsonb_build_array(jsonb_build_object('start', null, 'end', null, 'text',
+        ts_headline('simple', translate(left(result ->> 'text', 20000), E'\x02\x03', ''), words,
+          E'MaxFragments=1, MaxWords=30, MinWords=15, StartSel=\x02, StopSel=\x03')))
+      else '[]' end)
+$$;
+comment on function pgscribe.search_hits is
+  'Where words are in a transcript: up to three of its segments, as corrected (texts by segment, null for none), without those that are left out. Each hit stands between the control characters 2 and 3, which are nowhere else in the text.';
+
+create or replace function public.search_transcripts(
+  q text, "limit" integer default 20, after_created_at timestamptz default null, after_id uuid default null)
+returns table (id uuid, created_at timestamptz, file_path text, language text, audio_seconds double precision, hits jsonb)
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off set work_mem = '64MB' set plan_cache_mode = force_custom_plan as $$
+declare
+  owner uuid := auth.uid();
+  words tsquery;
+  own tsquery;
+begin
+  if q is null or length(btrim(q)) not between 1 and 200 then
+    perform pgscribe.reject('q', 'must have 1 to 200 characters', 'Search for a few words, or a "phrase".');
+  elsif "limit" is null or "limit" not between 1 and 101 then
+    perform pgscribe.reject('limit', 'must be from 1 to 100', 'Ask for more after the last one.');
+  end if;
+  words := pgscribe.search_query(btrim(q));
+  if owner is null or numnode(words) = 0 then
+    return;
+  end if;
+  own := (''' ' || owner || '''')::tsquery && words;
+  return query
+    with found as materialized (
+      select p.id, p.created_at from public.processing_jobs p
+       where p.user_id = owner and p.status = 'completed' and p.result ->> 'text' <> ''
+         and pgscribe.search_document(p.user_id, p.result) @@ own
+         and (after_created_at is null or (p.created_at, p.id) < (after_created_at, coalesce(after_id, '00000000-0000-0000-0000-000000000000')))
+       order by p.created_at desc, p.id desc limit "limit")
+    select p.id, p.created_at, p.file_path, p.result ->> 'language', p.audio_seconds,
+           pgscribe.search_hits(p.result, coalesce(pgscribe.search_words(btrim(q), words), words), (
+             select jsonb_object_agg(c.segment, c.text)
+               from public.transcript_corrections c where c.job_id = p.id and c.text is not null))
+      from found f join public.processing_jobs p on p.id = f.id
+     order by f.created_at desc, f.id desc;
+end $$;
+comment on function public.search_transcripts is
+  'Finds words in the transcripts of the caller''s completed jobs, as they were transcribed, newest first, after the given place in the list. q: 1 to 200 characters: words, "a phrase", or, -without. hits: up to three segments as corrected, none that is left out, with the matches between the control characters 2 and 3.';
+revoke execute on function pgscribe.search_hits from public, anon, authenticated, service_role;

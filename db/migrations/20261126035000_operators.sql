@@ -59,7 +59,8 @@ create type pgscribe.job_place as (id uuid, created_at timestamptz);
 comment on type pgscribe.job_place is 'A job, and its place in a list.';
 
 create function pgscribe.newest_jobs(
-  status text, owner uuid, error_code text, most integer, after_at timestamptz, after_id uuid) returns setof pgscribe.job_place
+  status text, owner uuid, error_code text, most integer, after_at timestamptz, after_id uuid, ended_before timestamptz default null)
+returns setof pgscribe.job_place
 language plpgsql stable set search_path = pg_catalog, pg_temp
   set enable_seqscan = off set plan_cache_mode = force_custom_plan set jit = off as $$
 #variable_conflict use_column
@@ -74,17 +75,20 @@ begin
     return query
       select p.id, p.created_at from public.processing_jobs p
        where p.error_code = wanted_code and (p.created_at, p.id) < (after_at, after_id)
+         and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
          and (wanted is null or p.status || '' = wanted) and (owner is null or p.user_id::text = owner::text)
        order by p.created_at desc, p.id desc limit most;
   elsif owner is not null then
     return query
       select p.id, p.created_at from public.processing_jobs p
        where p.user_id = owner and (wanted is null or p.status = wanted) and (p.created_at, p.id) < (after_at, after_id)
+         and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
        order by p.created_at desc, p.id desc limit most;
   elsif wanted <> 'completed' then
     return query
       select p.id, p.created_at from public.processing_jobs p
        where p.status = wanted and (p.created_at, p.id) < (after_at, after_id)
+         and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
        order by p.created_at desc, p.id desc limit most;
   else
     -- So many jobs belong to no more owners than that: to those with the newest.
@@ -98,17 +102,19 @@ begin
         select o.user_id from owners o cross join lateral (
           select p.created_at, p.id from public.processing_jobs p
            where p.user_id = o.user_id and (wanted is null or p.status = wanted) and (p.created_at, p.id) < (after_at, after_id)
+             and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
            order by p.created_at desc, p.id desc limit 1) j
          order by j.created_at desc, j.id desc limit most)
       select j.id, j.created_at from recent o cross join lateral (
         select p.created_at, p.id from public.processing_jobs p
          where p.user_id = o.user_id and (wanted is null or p.status = wanted) and (p.created_at, p.id) < (after_at, after_id)
+           and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
          order by p.created_at desc, p.id desc limit most) j
        order by j.created_at desc, j.id desc limit most;
   end if;
 end $$;
 comment on function pgscribe.newest_jobs is
-  'Some of all owners'' jobs, newest first: which they are, and when they were made.';
+  'Some of all owners'' jobs, newest first: which they are, and when they were made. ended_before: only those that have ended, and before then.';
 
 create function public.operator_jobs(
   with_status text default null, of_owner uuid default null, with_error_code text default null, "limit" integer default 50,
@@ -133,25 +139,29 @@ comment on function public.operator_jobs is
 
 -- Cancel and retry, many at a time ---------------------------------------------------------------------------
 
-create function pgscribe.changeable_jobs(statuses text[], ids uuid[], owner uuid, code text) returns setof uuid
+create function pgscribe.changeable_jobs(
+  statuses text[], ids uuid[], owner uuid, code text, ended_before timestamptz default null) returns setof uuid
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select p.id from public.processing_jobs p
    where p.id = any (coalesce(ids, array(
-           select n.id from unnest(statuses) s cross join lateral pgscribe.newest_jobs(s, owner, code, 2000, null, null) n)))
+           select n.id from unnest(statuses) s cross join lateral pgscribe.newest_jobs(s, owner, code, 2000, null, null, ended_before) n)))
      and p.status || '' = any (statuses) and (p.cancel_requested_at is null or p.completed_at is not null)
+     and (ended_before is null or p.completed_at < ended_before)
 $$;
 comment on function pgscribe.changeable_jobs is
-  'Jobs with one of these statuses that nobody has cancelled yet: of those with such ids, or the newest of such an owner with such an error.';
+  'Jobs with one of these statuses that nobody has cancelled yet: of those with such ids, or the newest of such an owner with such an error. ended_before: only those that ended before then.';
 
-create function pgscribe.hold_jobs(statuses text[], ids uuid[], owner uuid, code text) returns uuid[]
+create function pgscribe.hold_jobs(
+  statuses text[], ids uuid[], owner uuid, code text, ended_before timestamptz default null) returns uuid[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_custom_plan as $$
 declare
-  found_jobs uuid[] := array(select pgscribe.changeable_jobs(statuses, ids, owner, code));
+  found_jobs uuid[] := array(select pgscribe.changeable_jobs(statuses, ids, owner, code, ended_before));
   queue_jobs bigint[];
   held_queue_jobs bigint[];
 begin
   found_jobs := array(
     select p.id from public.processing_jobs p where p.id = any (found_jobs) and p.status || '' = any (statuses)
+       and (ended_before is null or p.completed_at < ended_before)
      limit 1000 for update skip locked);
   queue_jobs := array(
     select q.id from public.processing_jobs p join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint
@@ -168,13 +178,14 @@ comment on function pgscribe.hold_jobs is
 
 create function public.operator_cancel_jobs(
   ids uuid[] default null, with_status text default null, of_owner uuid default null, with_error_code text default null,
-  out changed integer, out more boolean)
+  out changed integer, out more boolean, out at timestamptz)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set lock_timeout = '2s' as $$
 declare
   statuses text[] := array(select s from unnest(array['queued', 'processing']) s where s = coalesce(with_status, s));
   held uuid[];
 begin
   perform pgscribe.require_operator();
+  at := now();
   held := pgscribe.hold_jobs(statuses, ids, of_owner, with_error_code);
   changed := 0;
   -- On a busy server it does as many as there is time for.
@@ -185,11 +196,11 @@ begin
   more := exists (select pgscribe.changeable_jobs(statuses, ids, of_owner, with_error_code));
 end $$;
 comment on function public.operator_cancel_jobs is
-  'For operators: cancels up to 1000 jobs: those with these ids, or those of such a status, owner and error. Returns how many, and whether there are more: others, or some that somebody has locked or that there was no time for.';
+  'For operators: cancels up to 1000 jobs: those with these ids, or those of such a status, owner and error. Returns how many, whether there are more (others, or some that somebody has locked or that there was no time for), and at what time.';
 
 create function public.operator_retry_jobs(
   ids uuid[] default null, with_status text default null, of_owner uuid default null, with_error_code text default null,
-  out changed integer, out more boolean, out refused integer)
+  ended_before timestamptz default null, out changed integer, out more boolean, out refused integer, out at timestamptz)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set lock_timeout = '500ms' as $$
 declare
   statuses text[] := array(select s from unnest(array['failed', 'cancelled']) s where s = coalesce(with_status, s));
@@ -202,7 +213,8 @@ begin
   perform pgscribe.require_operator();
   changed := 0;
   refused := 0;
-  held := pgscribe.hold_jobs(statuses, ids, of_owner, with_error_code);
+  at := now();
+  held := pgscribe.hold_jobs(statuses, ids, of_owner, with_error_code, ended_before);
   for job, owner in select p.id, p.user_id from public.processing_jobs p where p.id = any (held) order by p.created_at, p.id loop
     exit when clock_timestamp() > statement_timestamp() + interval '4 s';
     if owner = any (full_owners) then
@@ -221,11 +233,11 @@ begin
     end if;
   end loop;
   more := exists (
-    select from pgscribe.changeable_jobs(statuses, ids, of_owner, with_error_code) c join public.processing_jobs p on p.id = c
+    select from pgscribe.changeable_jobs(statuses, ids, of_owner, with_error_code, ended_before) c join public.processing_jobs p on p.id = c
      where p.user_id <> all (full_owners));
 end $$;
 comment on function public.operator_retry_jobs is
-  'For operators: runs up to 1000 failed and cancelled jobs again, as operator_cancel_jobs chooses them. refused: those whose owners may have no more jobs that wait.';
+  'For operators: runs up to 1000 failed and cancelled jobs again, as operator_cancel_jobs chooses them. ended_before: only those that ended before then; with the `at` of the first call, no call of several retries a job twice. refused: those whose owners may have no more jobs that wait.';
 
 -- Pauses ---------------------------------------------------------------------------------------------------------
 

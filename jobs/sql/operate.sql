@@ -48,12 +48,12 @@ select id, owner_id, email, file_path, options, status, progress, attempt, creat
     %(status)s, %(owner)s, %(error_code)s, %(limit)s, %(after_at)s, %(after_id)s)
 
 -- operator_cancel_jobs --
-select changed, more, 0 as refused
+select changed, more, 0 as refused, at
   from public.operator_cancel_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s)
 
 -- operator_retry_jobs --
-select changed, more, refused
-  from public.operator_retry_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s)
+select changed, more, refused, at
+  from public.operator_retry_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s, %(ended_before)s)
 
 -- operator_pause_queue --
 select public.operator_pause_queue()

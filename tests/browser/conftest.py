@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,14 +201,4 @@ def long_recording(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("audio") / "three times.mp3"
     recording = ffmpeg.input(str(sample), stream_loop=2).output(str(path), c="copy")
     recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def silence(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seconds in which nobody speaks."""
-    path = tmp_path_factory.mktemp("audio") / "silence.wav"
-    with wave.open(str(path), "wb") as recording:
-        recording.setparams((1, 2, 16000, 0, "NONE", ""))
-        recording.writeframes(bytes(2 * 16000 * 3))
     return path

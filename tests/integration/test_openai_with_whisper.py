@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import threading
-import wave
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,15 +34,6 @@ def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("audio") / "clip.wav"
     recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
     recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def silence(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("audio") / "silence.wav"
-    with wave.open(str(path), "wb") as recording:
-        recording.setparams((1, 2, 16000, 0, "NONE", ""))
-        recording.writeframes(bytes(2 * 16000 * 3))
     return path
 
 

@@ -87,6 +87,8 @@ def ask(
         response = api.request(method, path, json=body, params=query, headers=token(operator))  # type: ignore[arg-type]
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
+        if path.startswith("/operate/jobs/"):
+            assert datetime.fromisoformat(answer.pop("at")).tzinfo
         return answer
 
     return ask_for
@@ -767,6 +769,38 @@ def test_over_the_limit_there_are_more(
     assert count(conn, "status = 'queued'") == 1002
 
 
+def test_what_fails_again_is_not_retried_again(
+    api: TestClient,
+    operator: UUID,
+    token: Callable[[UUID], Headers],
+    conn: psycopg.Connection,
+    user: UUID,
+) -> None:
+    ids = insert(conn, user, 2100)
+    set_status(conn, ids, "doing", "failed")
+    body: dict[str, Any] = {"filter": {"status": "failed"}}
+    changed, more = [], True
+    while more:
+        response = api.post("/operate/jobs/retry", json=body, headers=token(operator))
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        body.setdefault("ended_before", answer["at"])
+        changed.append(answer["changed"])
+        more = answer["more"]
+        assert sum(changed) <= len(ids), changed
+        conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'doing' where status = 'todo'"
+        )
+        conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'failed' where status = 'doing'"
+        )
+    assert sum(changed) == len(ids)
+    assert count(conn, "attempt = 2 and status = 'failed'") == len(ids)
+    chosen = {"ids": [str(ids[0])], "ended_before": body["ended_before"]}
+    response = api.post("/operate/jobs/retry", json=chosen, headers=token(operator))
+    assert response.json()["changed"] == 0, "of those with an id as well"
+
+
 @pytest.mark.parametrize(
     ("chosen", "changed"),
     [
@@ -879,6 +913,12 @@ def test_a_job_whose_queue_job_is_gone_is_retried(
         ("retry", {"filter": {"status": "completed"}}, "filter.status"),
         ("cancel", {"filter": {"status": "failed"}}, "filter.status"),
         ("cancel", {"filter": {"error_code": "a b"}}, "filter.error_code"),
+        ("cancel", {"filter": {"status": "queued"}, "ended_before": None}, "ended_before"),
+        (
+            "retry",
+            {"filter": {"status": "failed"}, "ended_before": "2026-11-26T00:00"},
+            "ended_before",
+        ),
     ],
 )
 def test_selections_that_are_none(

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -213,7 +214,8 @@ class Steps:
 
     async def operator_changes(self, action: str, **chosen: object) -> None:
         values = {"ids": None, "status": None, "owner": None, "error_code": None, **chosen}
-        ((changed, more, _),) = self._as_owner(OPERATE[f"operator_{action}_jobs"], values)
+        values |= {"ended_before": datetime.now(UTC)}
+        ((changed, more, *_),) = self._as_owner(OPERATE[f"operator_{action}_jobs"], values)
         assert (changed > 0, more) == (True, False)
 
     async def delete(self) -> None:

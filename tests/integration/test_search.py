@@ -144,6 +144,25 @@ async def test_hits_say_where_and_mark_what(
     ]
 
 
+async def test_hits_are_shown_as_corrected_and_not_where_they_are_left_out(
+    conn: psycopg.Connection, user: UUID, pool: Pool
+) -> None:
+    job_id = complete(conn, user, transcript("A needle.", "secret needle", "Mine: needle.", "Hay."))
+    correct = (
+        b"insert into transcript_corrections (job_id, segment, text, speaker)"
+        b" values (%s, %s, %s, %s) on conflict (job_id, segment) do update set text = excluded.text"
+    )
+    for segment, text in ((0, None), (1, " \n"), (2, "Meine needles.")):
+        conn.execute(correct, (job_id, segment, text, "Anna"))
+    (result,) = await find(pool, user, "needle")
+    assert [(hit.start, hit.text) for hit in result.hits] == [
+        (0, "A \x02needle\x03."),
+        (20, "Meine \x02needles\x03."),
+    ]
+    (result,) = await find(pool, user, "secret")
+    assert result.hits == [], "nor is it in the text as a whole"
+
+
 async def test_a_transcript_without_segments_has_a_place_in_its_text(
     conn: psycopg.Connection, user: UUID, pool: Pool
 ) -> None:

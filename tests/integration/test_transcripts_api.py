@@ -1,7 +1,9 @@
 """Transcripts over REST: forms, partial ones, and what is refused."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote
 from uuid import UUID, uuid4
@@ -178,6 +180,25 @@ def test_subtitles_are_set_as_asked(
     ]:
         response = api.get(f"/jobs/{job}/transcript.srt?{query}", headers=headers)
         assert_problem(response, 422, "invalid_input", field)
+
+
+def test_uploads_do_not_wait_for_transcripts_that_are_set(
+    api: TestClient, headers: Headers, completed: UUID
+) -> None:
+    done = threading.Event()
+    renderer = api.app.state.renderer  # type: ignore[attr-defined]
+    for _ in range(32):
+        renderer.executor.submit(done.wait)
+    with ThreadPoolExecutor(1) as asking:
+        url = f"/jobs/{completed}/transcript.srt"
+        answer = asking.submit(api.get, url, headers=headers)
+        try:
+            upload = api.put("/uploads/a.mp3", content=b"sound", headers=headers)
+            assert upload.status_code == 201
+            assert not answer.done()
+        finally:
+            done.set()
+        assert answer.result().text == EXPECTED["srt"][1]
 
 
 def test_downloads_are_named_as_the_audio(

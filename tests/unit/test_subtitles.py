@@ -2,9 +2,13 @@
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import groupby, pairwise
+from types import FrameType
 
 import pytest
 import srt
@@ -320,6 +324,43 @@ def test_long_transcripts_take_time_in_proportion() -> None:
     parts = [spoken(LONG, 20.0 * n) for n in range(500)]
     found = cues(make(*parts, duration=math.ceil(20 * 500)))
     assert len(found) == 1000
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """Count the calls, of Python's own functions as well: a measure that no machine changes."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        ("a" * 43, "\u200b"),  # fills no line
+        ("a" * 43, "e\u0301"),
+        ("", "\u200b "),
+        ("", "a "),
+        ("", "天\u200b"),
+        ("", "天"),
+        ("", "a. "),
+    ],
+)
+@pytest.mark.parametrize("layout", [Layout(), Layout(200, 4)])
+def test_no_text_takes_more_than_in_proportion(start: str, more: str, layout: Layout) -> None:
+    short, long = (make(plain(start + more * n, 0, 5)) for n in (500, 1000))
+    few, many = (calls_of(partial(cues, transcript, layout)) for transcript in (short, long))
+    assert many < 2.1 * few
+    assert many < 600 * 1000
 
 
 # Speakers ---------------------------------------------------------------------------------------

@@ -390,7 +390,9 @@ class TranscriptionAnswer(RootModel[VerboseAnswer | TextAnswer]):
     """A transcription as ``response_format`` asks for."""
 
 
-async def _answer(job: ProcessingJob, form: TranslationForm) -> Response:
+async def _answer(
+    request: Request, user: Principal, job: ProcessingJob, form: TranslationForm
+) -> Response:
     transcript = _transcript(job)
     if transcript is None:
         return openai_errors.respond(*_failure(job), {"x-should-retry": "false"})
@@ -399,7 +401,9 @@ async def _answer(job: ProcessingJob, form: TranslationForm) -> Response:
     if form.response_format == "verbose_json":
         return _json(_verbose(transcript, job, form))
     name = "txt" if form.response_format == "text" else form.response_format
-    text = await asyncio.to_thread(subtitles.FORMATS[name], transcript, Layout())
+    text = await request.app.state.renderer.run(
+        user.user_id, lambda: subtitles.FORMATS[name](transcript, Layout())
+    )
     return Response(text, headers={"Content-Type": f"{MEDIA_TYPES[name]}; charset=utf-8"})
 
 
@@ -651,7 +655,7 @@ async def _wait(request: Request, user: Principal, job_id: UUID, form: Translati
             job = await waiting.end_of(request, user, job_id)
     except TimeoutError:
         return openai_errors.respond(*_waited(job_id, seconds))
-    return await _answer(job, form)
+    return await _answer(request, user, job, form)
 
 
 class Model(BaseModel):

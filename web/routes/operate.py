@@ -5,7 +5,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -105,6 +105,16 @@ class Selection(BaseModel):
         return self.filter.to_filter() if self.filter else self.ids or []
 
 
+class RetrySelection(Selection):
+    """Which jobs to run again."""
+
+    ended_before: AwareDatetime | None = Field(
+        None,
+        description="Only jobs that ended before then. With `at` of the first answer, requests "
+        "that follow it retry no job again that has failed again since.",
+    )
+
+
 @endpoint("GET", "/me", answers={OK: Answer("You", Me)})
 async def me(request: Request, user: Principal) -> Response:
     """Say who you are, and whether you are an operator."""
@@ -166,8 +176,10 @@ async def cancel_jobs(request: Request, user: Principal, body: Selection) -> Res
     answers=_CHANGED,
     max_body=MAX_CHANGE_BODY,
 )
-async def retry_jobs(request: Request, user: Principal, body: Selection) -> Response:
-    """Run failed and cancelled jobs again: up to 1,000 at a time; repeat it while there are `more`.
+async def retry_jobs(request: Request, user: Principal, body: RetrySelection) -> Response:
+    """Run failed and cancelled jobs again: up to 1,000 at a time.
+
+    While there are `more`, repeat it with `at` of the first answer as `ended_before`.
 
     They count as their owners' jobs that wait: those are `refused` that would be too many.
     """
@@ -178,10 +190,11 @@ async def _change_jobs(
     request: Request, user: Principal, action: operate.Action, body: Selection
 ) -> Response:
     jobs = body.jobs()
+    ended_before = body.ended_before if isinstance(body, RetrySelection) else None
     async with as_user(request.app.state.pool, user.claims) as conn:
-        changed = await operate.change_jobs(conn, action, jobs)
+        changed = await operate.change_jobs(conn, action, jobs, ended_before=ended_before)
     which = jobs.values() if isinstance(jobs, operate.JobFilter) else {"ids": len(jobs)}
-    _log(user, f"{action}_jobs", **which, **changed.model_dump())
+    _log(user, f"{action}_jobs", **which, **changed.model_dump(exclude={"at"}))
     return as_json(changed)
 
 

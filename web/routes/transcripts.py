@@ -1,6 +1,5 @@
 """Transcripts: whole or as far as they are there, as json, text and subtitles."""
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -222,8 +221,9 @@ async def _answer(  # noqa: PLR0913, PLR0917
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=more)
     if query.download:
         more["Content-Disposition"] = negotiation.attachment(_file_name(found.job, name))
-    # Long transcripts take a moment to be set.
-    text = await asyncio.to_thread(_render, found, name, query.layout)
+    text = await request.app.state.renderer.run(
+        user.user_id, lambda: _render(found, name, query.layout)
+    )
     more["Content-Type"] = MEDIA_TYPES[name] + ("" if name == "json" else "; charset=utf-8")
     return Response(text, headers=more)
 
