@@ -94,7 +94,7 @@ def test_sessions_of_browsers_are_described_where_tokens_are() -> None:
     schemes = DESCRIPTION["components"]["securitySchemes"]
     cookies = {name: s["name"] for name, s in schemes.items() if s.get("in") == "cookie"}
     assert set(cookies.values()) == {"__Host-pgscribe", "pgscribe-session"}
-    ways = [{"bearer": []}, *({name: []} for name in cookies)]
+    ways = [{name: list[str]()} for name in ("bearer", *cookies)]
     by_user = DESCRIPTION["paths"]["/jobs"]["get"], DESCRIPTION["paths"]["/process"]["post"]
     by_link = DESCRIPTION["paths"]["/audio/{token}"]["get"]
     assert [operation["security"] for operation in (*by_user, by_link)] == [ways, ways, []]
