@@ -6,6 +6,7 @@ in between share the pause there, which may be none.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -21,6 +22,8 @@ _CHARACTER: Final = re.compile(r"\S[^\w\s]*")
 # What has grown by more than this is no correction of the words, and would take long to compare.
 _GROWTH: Final = 4
 _GROWTH_AT_LEAST: Final = 100
+# So many pairs of equal words, one in each text, take milliseconds to compare. Speech has dozens.
+_MOST_PAIRS: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,10 @@ def _runs(old: Sequence[_Piece], new: Sequence[_Piece]) -> Iterator[_Run]:
         yield False, (0, len(old)), (0, len(new))
         return
     a, b = ([_key(piece.text) for piece in pieces] for pieces in (old, new))
+    counts = Counter(a)
+    if sum(counts[key] for key in b) > _MOST_PAIRS:
+        yield False, (0, len(old)), (0, len(new))
+        return
     matcher = SequenceMatcher(a=a, b=b, autojunk=False)
     for tag, i, i_end, j, j_end in matcher.get_opcodes():
         yield tag == "equal", (i, i_end), (j, j_end)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import subtitles
+from jobs import alignment, subtitles
 from jobs.alignment import align
 from jobs.corrections import (
     CorrectedSegment,
@@ -208,6 +209,25 @@ def test_a_text_that_has_grown_out_of_its_words_is_spread_over_the_segment() -> 
     assert [word for word, *_ in found] == text.split()
     assert found[0][1:] == pytest.approx((0, 2 / 5000))
     assert found[-1][1:] == pytest.approx((2 - 2 / 5000, 2))
+
+
+def test_one_word_again_and_again_is_spread_over_the_segment_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[int] = []
+
+    def watched(**texts: Any) -> SequenceMatcher[str]:
+        compared.append(len(texts["a"]) * len(texts["b"]))
+        return SequenceMatcher(**texts)
+
+    monkeypatch.setattr(alignment, "SequenceMatcher", watched)
+    text = " ".join(["the"] * 400)
+    found = times(spoken(*["the"] * 120), text)
+    assert [word for word, *_ in found] == text.split()
+    assert found[-1][1:] == pytest.approx((120 - 120 / 400, 120))
+    assert compared == []
+    assert times(spoken("the", "sea"), "The cold sea")[0][0] == "The"
+    assert compared == [6]
 
 
 LETTERS = "aàbBc1.,'-—の今ーはกำ้é\u0301ि "
