@@ -10,10 +10,10 @@ TEST_PROCESSES ?= 3
 INPUTS := pyproject.toml constraints.txt weights.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test faults soak check lock clean
+.PHONY: help demo dev test faults soak check screenshots lock clean
 
 help: ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 demo: $(VENV)/demo.installed ## The main job, end to end, on this machine alone
 	@$(BIN)/python -m examples.demo
@@ -36,6 +36,10 @@ check: $(VENV)/dev.installed ## What CI runs: format, lint, types, layers, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+screenshots: $(VENV)/dev.installed ## Take the pictures of docs/screenshots anew
+	$(BIN)/python -m pytest -n0 tests/browser/test_screenshots.py
+	mkdir -p docs/screenshots && cp .pgscribe/screenshots/*.png docs/screenshots/
 
 lock: $(VENV)/dev.installed ## Take the newest versions of everything into constraints.txt
 	$(BIN)/pip install --upgrade --upgrade-strategy eager -e '.[embedded,demo,dev]'

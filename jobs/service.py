@@ -228,10 +228,13 @@ async def status(conn: Connection, job_id: UUID) -> tuple[JobStatus, float]:
     return JobStatus(row[0]), row[1]
 
 
-async def get(conn: Connection, job_id: UUID) -> ProcessingJob:
-    """Return a job of the user's. Raises ``JobNotFound``, also when it is somebody else's."""
+async def get(conn: Connection, job_id: UUID, *, result: bool = True) -> ProcessingJob:
+    """Return a job of the user's. Raises ``JobNotFound``, also when it is somebody else's.
+
+    Without its ``result``, which may be megabytes, that is ``None``.
+    """
     async with conn.cursor(row_factory=class_row(ProcessingJob)) as cursor:
-        await cursor.execute(JOBS["get"], {"id": job_id})
+        await cursor.execute(JOBS["get" if result else "get_without_result"], {"id": job_id})
         job = await cursor.fetchone()
     if job is None:
         raise JobNotFound

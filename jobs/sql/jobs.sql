@@ -52,6 +52,13 @@ select id, created_at, file_path, language, audio_seconds, hits
 -- get --
 select * from public.processing_jobs where id = %(id)s
 
+-- get_without_result --
+select id, created_at, updated_at, scheduled_at, started_at, completed_at, user_id, job_id,
+       file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, due_at,
+       cancel_requested_at, retry_requested_at, audio_seconds, estimated_seconds, usage, note,
+       error_code, error, null::jsonb as result
+  from public.processing_jobs where id = %(id)s
+
 -- waveform --
 select p.audio_seconds as duration, coalesce(w.peaks, '{}') as peaks
   from public.processing_jobs p left join public.processing_job_waveforms w on w.job_id = p.id

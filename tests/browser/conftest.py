@@ -26,6 +26,7 @@ from playwright.sync_api import (
 
 from db.embedded import EmbeddedPostgres
 from jobs.settings import Settings
+from tests.browser.seed import Seed, seeding
 from tests.conftest import TEMPLATE
 from tests.live import serve
 from web.app import create_app
@@ -96,6 +97,12 @@ class Site:
         page.on("console", _note_errors)
         return page
 
+    def close_pages(self) -> None:
+        """Close all pages: what they go on to ask is of no interest."""
+        for context in self.contexts:
+            for page in context.pages:
+                page.close()
+
 
 #: What pages have complained of since the test began: errors, and what their policy has refused.
 complaints: list[str] = []
@@ -107,11 +114,17 @@ def _note_errors(said: ConsoleMessage) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_complaints() -> Iterator[list[str]]:
+def _no_complaints() -> Iterator[None]:
     """Fail a test during which a page has complained of what the test does not expect."""
     complaints.clear()
-    yield complaints
+    yield
     assert not complaints
+
+
+@pytest.fixture
+def complained() -> list[str]:
+    """What pages have complained of. A test that provokes some takes it out."""
+    return complaints
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +155,13 @@ def site(
         for context in site.contexts:
             context.close()
     postgres.drop_database(name)
+
+
+@pytest.fixture(scope="module")
+def seed(site: Site, postgres: EmbeddedPostgres) -> Iterator[Seed]:
+    """What puts jobs into the site's database as if they had been run."""
+    with seeding(postgres, site.conn.info.dbname, site.settings.storage_dir) as seed:
+        yield seed
 
 
 @contextmanager

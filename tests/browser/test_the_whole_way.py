@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("worker")
 
 def words_of(page: Page) -> list[tuple[float, str]]:
     """Return the words of the transcript with their times."""
+    expect(page.locator(".word").first).to_be_visible()
     found: list[list[object]] = page.locator(".word").evaluate_all(
         "words => words.map((word) => [Number(word.dataset.start), word.textContent])"
     )
@@ -128,10 +129,15 @@ def correct(page: Page) -> None:
     expect(second).to_have_class(re.compile("removed"))
 
 
+def export_as(page: Page, kind: str) -> None:
+    page.locator("summary", has_text="Export").click()
+    page.get_by_role("link", name=f"(.{kind})").click()
+
+
 def export(page: Page) -> None:
     """Exports have what was corrected."""
     with page.expect_download() as downloading:
-        page.get_by_label("Export").select_option("srt")
+        export_as(page, "srt")
     download = downloading.value
     assert download.suggested_filename == "three times.srt"
     cues = list(srt.parse(download.path().read_text()))
@@ -139,7 +145,7 @@ def export(page: Page) -> None:
     assert not any("For many years" in cue.content for cue in cues[:3]), "it was left out"
     for kind in ("txt", "vtt", "tsv", "json"):
         with page.expect_download() as downloading:
-            page.get_by_label("Export").select_option(kind)
+            export_as(page, kind)
         assert downloading.value.suggested_filename == f"three times.{kind}"
         assert "Ann" in downloading.value.path().read_text()
 

@@ -181,6 +181,23 @@ def test_a_completed_job_can_be_told_to_stop_any_number_of_times(
             assert_problem(response, 409, "job_conflict")
 
 
+def test_a_job_without_its_result(
+    api: TestClient, headers: Headers, user: UUID, conn: psycopg.Connection
+) -> None:
+    body = {"filePath": f"{user}/a.mp3"}
+    job_id = api.post("/process", json=body, headers=headers).json()["jobId"]
+    conn.execute("update procrastinate.procrastinate_jobs set status = 'doing'")
+    conn.execute("update processing_jobs set result = %s", (Jsonb({"text": "Hello."}),))
+    conn.execute("update procrastinate.procrastinate_jobs set status = 'succeeded'")
+    whole = api.get(f"/jobs/{job_id}", headers=headers).json()
+    assert whole["result"] == {"text": "Hello."}
+    without = api.get(f"/jobs/{job_id}", params={"result": "false"}, headers=headers).json()
+    assert without == whole | {"result": None}
+    assert list(without) == list(whole)
+    refused = api.get(f"/jobs/{job_id}", params={"result": "perhaps"}, headers=headers)
+    assert_problem(refused, 422, "invalid_input", "result")
+
+
 def test_delete(api: TestClient, headers: Headers, user: UUID, conn: psycopg.Connection) -> None:
     response = api.post("/process", json={"filePath": f"{user}/a.mp3"}, headers=headers)
     job_id = response.json()["jobId"]

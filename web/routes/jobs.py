@@ -1,6 +1,7 @@
 """Submitting jobs, reading, cancelling, retrying and deleting them."""
 
 import base64
+import functools
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -274,10 +275,19 @@ def read_cursor(text: str | None) -> models.Cursor | None:
 _JOB = {OK: Answer("The job", ProcessingJob)}
 
 
+class JobQuery(BaseModel):
+    """What to read of a job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    result: bool = Field(default=True, description="false: `result` is null, also if there is one.")
+
+
 @endpoint("GET", "/jobs/{job_id}", scope=Scope.JOBS_READ, answers=_JOB)
-async def get_job(request: Request, user: Principal, job_id: UUID) -> Response:
+async def get_job(request: Request, user: Principal, job_id: UUID, query: JobQuery) -> Response:
     """Get a job: its row, with the transcript once it is completed."""
-    return await _on_job(request, user, job_id, service.get)
+    get = functools.partial(service.get, result=query.result)
+    return await _on_job(request, user, job_id, get)
 
 
 @endpoint(

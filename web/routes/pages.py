@@ -64,7 +64,7 @@ async def job(request: Request, user: Principal) -> Response:
     try:
         job_id = UUID(request.path_params["job_id"])
         async with as_user(request.app.state.pool, user.claims) as conn:
-            found = await service.get(conn, job_id)
+            found = await service.get(conn, job_id, result=False)
     except ValueError:
         raise JobNotFound from None
     name = found.file_path.rpartition("/")[2]

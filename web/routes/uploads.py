@@ -199,7 +199,7 @@ class AudioQuery(BaseModel):
 async def job_audio(request: Request, user: Principal, job_id: UUID, query: AudioQuery) -> Response:
     """Listen to a job's recording: redirects to a link that serves ranges, too."""
     async with as_user(request.app.state.pool, user.claims) as conn:
-        job = await service.get(conn, job_id)
+        job = await service.get(conn, job_id, result=False)
     storage: Storage = request.app.state.storage
     name = job.file_path.rpartition("/")[2] if query.download else None
     url = await storage.sign_download(job.file_path, seconds=LISTENING, download_name=name)

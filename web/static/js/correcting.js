@@ -4,6 +4,7 @@ import { api } from "./api.js";
 import { h } from "./dom.js";
 import { clock } from "./format.js";
 
+const FIELDS = { text: "Text", speaker: "Speaker" };
 const AT_ONCE = 5000; // corrections in one request, as the API allows
 
 /**
@@ -11,9 +12,10 @@ const AT_ONCE = 5000; // corrections in one request, as the API allows
  * null if nothing was changed.
  */
 export function editor(segment, done) {
-  const { data, view } = segment;
+  const { view } = segment;
+  const data = segment.data; // as the form was opened; `segment.data` may be newer
   const id = `correct-${segment.index}`;
-  const text = h("textarea", { id: `${id}-text`, maxlength: "10000", rows: "3" });
+  const text = h("textarea", { id: `${id}-text`, rows: "3" });
   text.value = data.text;
   const speaker = h("input", { id: `${id}-speaker`, maxlength: "100", list: `${id}-speakers`, autocomplete: "off", value: data.speaker ?? "" });
   const scope = h("select", {},
@@ -41,6 +43,7 @@ export function editor(segment, done) {
   );
 
   function keys(event) {
+    if (event.isComposing) return;
     if (event.key === "Escape") done(null);
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   }
@@ -50,7 +53,7 @@ export function editor(segment, done) {
     const changes = new Map();
     const change = (index, values) => changes.set(index, { segment: index, ...changes.get(index), ...values });
     const said = text.value.trim();
-    if (said !== data.text) change(segment.index, { text: said === data.original ? null : said });
+    if (said !== data.text) change(segment.index, { text: said === segment.data.original ? null : said });
     const name = speaker.value.trim() || null;
     if (name !== (data.speaker ?? null)) for (const index of named()) change(index, { speaker: name });
     if (changes.size) send([...changes.values()]);
@@ -72,13 +75,14 @@ export function editor(segment, done) {
 
   async function send(corrections) {
     save.disabled = true;
+    problem.hidden = true;
     try {
       for (let sent = 0; sent < corrections.length; sent += AT_ONCE) {
         await api("PATCH", `${view.path}/corrections`, { body: { corrections: corrections.slice(sent, sent + AT_ONCE) } });
       }
       done(await api("GET", `${view.path}/transcript.json`));
     } catch (error) {
-      problem.textContent = error.message;
+      problem.textContent = error.message.replace(/^corrections\[\d+\]\.(\w+): /, (_, field) => `${FIELDS[field] ?? field}: `);
       problem.hidden = false;
       save.disabled = false;
     }

@@ -40,6 +40,31 @@ export function icon(name) {
   return svg("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": "true" }, svg("path", { d: ICONS[name] }));
 }
 
+/**
+ * Make these the element's children. Those that are the same as before stay, with what is selected in them; one that
+ * somebody presses is left for the next time. What has the focus and a `data-key` gets it back.
+ */
+export function update(element, children) {
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  children.forEach((child, index) => {
+    const before = element.children[index];
+    if (!before) element.append(child);
+    else if (!before.isEqualNode(child) && !before.querySelector(":active")) before.replaceWith(child);
+  });
+  while (element.childElementCount > children.length) element.lastElementChild.remove();
+  if (!focused || element.contains(document.activeElement)) return;
+  [...element.querySelectorAll("[data-key]")].find(({ dataset }) => dataset.key === focused)?.focus();
+}
+
+/**
+ * Scroll to an element's middle. What has not been in sight yet has its height guessed, and takes the real one as soon
+ * as it is: so look again in the next frames.
+ */
+export function reveal(element, frames = 4) {
+  element.scrollIntoView({ block: "center" });
+  if (frames) requestAnimationFrame(() => reveal(element, frames - 1));
+}
+
 /** Return the element with that id, which the page's template has. */
 export function byId(id) {
   const found = document.getElementById(id);

@@ -1,9 +1,11 @@
 // Finding text in the transcript that the page shows. Matches are painted, not written into the text.
 
-import { byId } from "./dom.js";
+import { byId, reveal } from "./dom.js";
+import { number } from "./format.js";
 
 export class Find {
-  #ranges = [];
+  #found = []; // { segment, range }, in order
+  #pattern = null;
   #at = -1;
 
   constructor(view) {
@@ -25,27 +27,57 @@ export class Find {
   /** Look again: for something else, or because the text has changed. */
   update() {
     const q = this.form.elements.q.value.trim();
-    this.#ranges = q ? this.view.segments.flatMap((segment) => matches(segment.said, q)) : [];
+    this.#pattern = q ? patternOf(q) : null;
+    this.#found = q ? this.view.segments.flatMap((segment) => this.#in(segment)) : [];
     this.#at = -1;
-    CSS.highlights?.set("found", new Highlight(...this.#ranges));
-    CSS.highlights?.delete("found-now");
-    for (const name of ["previous", "next"]) byId(name).disabled = !this.#ranges.length;
-    byId("matches").textContent = !q ? "" : this.#ranges.length ? `${this.#ranges.length} found` : "Not found";
+    this.#paint();
+    const count = this.#found.length;
+    for (const name of ["previous", "next"]) byId(name).disabled = !count;
+    byId("matches").textContent = !q ? "" : count ? `${number(count)} found` : "Not found";
+  }
+
+  /** A segment's text stands in other nodes now. */
+  renew(segment) {
+    if (!this.#pattern) return;
+    const fresh = this.#in(segment);
+    let next = 0;
+    this.#found = this.#found.map((one) => (one.segment === segment ? fresh[next++] : one));
+    this.#paint();
+  }
+
+  #in(segment) {
+    return matches(segment.said, this.#pattern).map((range) => ({ segment, range }));
+  }
+
+  #paint() {
+    CSS.highlights?.set("found", new Highlight(...this.#found.map(({ range }) => range)));
+    if (this.#at < 0) CSS.highlights?.delete("found-now");
+    else CSS.highlights?.set("found-now", new Highlight(this.#found[this.#at].range));
   }
 
   #go(by) {
-    const count = this.#ranges.length;
+    const count = this.#found.length;
     if (!count) return;
     this.#at = this.#at < 0 && by < 0 ? count - 1 : (this.#at + by + count) % count;
-    const range = this.#ranges[this.#at];
-    CSS.highlights?.set("found-now", new Highlight(range));
-    byId("matches").textContent = `${this.#at + 1} of ${count}`;
-    range.startContainer.parentElement.scrollIntoView({ block: "center" });
+    this.#found[this.#at].segment.comeInSight();
+    this.#paint();
+    byId("matches").textContent = `${number(this.#at + 1)} of ${number(count)}`;
+    reveal(this.#found[this.#at].range.startContainer.parentElement);
   }
 }
 
-/** Return the ranges of an element's text that are `q`, whatever the case. */
-function matches(element, q) {
+/**
+ * Return a pattern for what is sought, whatever the case and however its accents are written. Not by comparing in lower
+ * case, which may be longer than upper case.
+ */
+function patternOf(q) {
+  const ways = new Set([q, q.normalize("NFC"), q.normalize("NFD")]);
+  const escaped = [...ways].map((way) => way.replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/\s+/g, "\\s+"));
+  return new RegExp(escaped.join("|"), "giu");
+}
+
+/** Return the ranges of an element's text that match. */
+function matches(element, pattern) {
   const nodes = [];
   const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
   let text = "";
@@ -57,8 +89,6 @@ function matches(element, q) {
     const found = nodes.findLast(({ at }) => at <= offset);
     return [found.node, offset - found.at];
   };
-  // By a pattern, as lower case may be longer than upper case.
-  const pattern = new RegExp(q.replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/\s+/g, "\\s+"), "giu");
   return [...text.matchAll(pattern)].map((match) => {
     const range = new Range();
     range.setStart(...place(match.index));

@@ -49,6 +49,11 @@ export function percent(share) {
   return `${Math.floor(share * 100)} %`;
 }
 
+/** Return a sum of dollars, which may be a small part of a cent. */
+export function dollars(value, digits = 4) {
+  return `$${number(value, digits)}`;
+}
+
 export function plural(count, one, many = `${one}s`) {
   return `${number(count)} ${count === 1 ? one : many}`;
 }

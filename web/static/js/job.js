@@ -3,8 +3,9 @@
 import { api } from "./api.js";
 import { byId, icon } from "./dom.js";
 import { Find } from "./find.js";
-import { clock, dateAndTime, number, percent } from "./format.js";
+import { clock, dateAndTime, dollars, percent } from "./format.js";
 import { follow } from "./live.js";
+import { asMenu } from "./menu.js";
 import { Player } from "./player.js";
 import { Estimates, leftInWords } from "./progress.js";
 import { toast } from "./toasts.js";
@@ -27,9 +28,11 @@ const HINTS = {
 const estimates = new Estimates();
 let job = null;
 let text = "";
+let language = null;
 let view = null;
 let player = null;
 let stream = null;
+let again = () => act("retry");
 
 function show(state) {
   job = { ...job, ...state };
@@ -51,11 +54,11 @@ function aboutJob() {
   const { options = {}, usage } = job;
   return [
     job.audio_seconds && clock(job.audio_seconds),
-    job.result?.language && new Intl.DisplayNames(["en"], { type: "language" }).of(job.result.language),
+    language && new Intl.DisplayNames(["en"], { type: "language" }).of(language),
     options.model && `${options.model} model`,
     options.task === "translate" && "translated into English",
     dateAndTime(job.created_at),
-    usage?.estimated_cost > 0 && `$ ${number(usage.estimated_cost, 4)}`,
+    usage?.estimated_cost > 0 && dollars(usage.estimated_cost),
   ].filter(Boolean).join(" · ");
 }
 
@@ -82,7 +85,7 @@ function takeText(partial) {
 }
 
 async function load() {
-  show(await api("GET", path));
+  show(await api("GET", `${path}?result=false`));
   if (job.status === "completed") await showResult();
   else if (!ENDED.has(job.status)) watch();
 }
@@ -98,7 +101,7 @@ function watch() {
       if (state.status === "completed") load().catch(fail);
     },
     partial: takeText,
-    deleted: () => location.assign("/app"),
+    deleted: () => fail({ status: 404, message: "It has just been deleted." }),
   });
 }
 
@@ -107,33 +110,41 @@ async function showResult() {
     api("GET", `${path}/transcript.json`),
     api("GET", `${path}/waveform`).catch(() => ({ peaks: [] })),
   ]);
+  language = transcript.language;
+  byId("about").textContent = aboutJob();
   byId("player").hidden = false;
   const duration = transcript.duration;
-  player = new Player({ source: `${path}/audio`, duration, peaks: waveform.peaks, doubts: doubtsOf(transcript) });
+  player = new Player({ source: `${path}/audio`, duration, peaks: waveform.peaks });
   view = new TranscriptView(byId("segments"), transcript, player, { path, translated: job.options.task === "translate" });
   const find = new Find(view);
-  view.onChange = () => find.update();
+  view.onWords = (segment) => find.renew(segment);
+  view.onChange = () => {
+    find.update();
+    showDoubts();
+  };
   player.onTime = (time, playing) => view.light(time, playing);
   showDoubts();
   const at = Number(new URLSearchParams(location.search).get("t"));
   if (at > 0) {
     player.seek(at);
-    view.light(at, true);
+    view.goTo(at);
   }
 }
 
-const doubtsOf = (transcript) => transcript.segments.filter((segment) => segment.flags?.length)
-  .map(({ start, end }) => [start, end]);
-
 function showDoubts() {
   const count = view.doubtful.length;
+  player.mark(view.doubtful.map(({ data }) => [data.start, data.end]));
   byId("doubts").hidden = !count;
   byId("doubts").textContent = count === 1 ? "1 doubtful segment" : `${count} doubtful segments`;
 }
 
 function fail(error) {
-  byId("work").hidden = true;
+  stream?.close();
+  for (const id of ["work", "partial", "result", "player"]) byId(id).hidden = true;
+  byId("status").textContent = byId("status").className = "";
   byId("failure").hidden = false;
+  byId("retry").hidden = error.status === 404;
+  again = () => location.reload();
   byId("failure-title").textContent = error.status === 404 ? "There is no such transcript" : "This could not be loaded";
   byId("failure-text").textContent = error.message;
 }
@@ -153,20 +164,18 @@ async function act(action) {
 byId("previous").append(icon("up"));
 byId("next").append(icon("down"));
 byId("cancel").addEventListener("click", () => act("cancel"));
-byId("retry").addEventListener("click", () => act("retry"));
+byId("retry").addEventListener("click", () => again());
 byId("doubts").addEventListener("click", () => view.nextDoubtful());
 byId("copy").addEventListener("click", async () => {
   try {
     const response = await fetch(`${path}/transcript.txt`);
+    if (!response.ok) return void toast("The transcript is no longer there, or you are no longer signed in.");
     await navigator.clipboard.writeText(await response.text());
     toast("The text is on the clipboard");
   } catch {
     toast("The browser did not allow copying. Export it as text instead.");
   }
 });
-byId("export").addEventListener("change", (event) => {
-  if (event.target.value) location.assign(`${path}/transcript.${event.target.value}?download=1`);
-  event.target.value = "";
-});
-setInterval(() => job && !ENDED.has(job.status) && showWork(), 1000);
+asMenu(byId("export"));
+setInterval(() => job && !byId("work").hidden && showWork(), 1000);
 load().catch(fail);

@@ -3,14 +3,17 @@
 import { api } from "./api.js";
 import { confirmed } from "./confirming.js";
 import { byId, h } from "./dom.js";
-import { ago, clock, dateAndTime, fileName, number, percent, plural, span } from "./format.js";
+import { ago, clock, dateAndTime, dollars, fileName, number, percent, plural, span } from "./format.js";
 import { toast } from "./toasts.js";
 
+const AT_ONCE = 1000; // jobs in one request, as the API allows
 const DONE = { cancel: "cancelled", retry: "queued again" };
 
 export class AllJobs {
   #chosen = new Set();
   #cursor = null;
+  #shown = {};
+  #asked = 0;
   #form = byId("filter");
 
   /** `onChange` is called once jobs have been cancelled or retried. */
@@ -21,12 +24,14 @@ export class AllJobs {
       this.load();
     });
     this.#form.addEventListener("reset", () => setTimeout(() => this.load()));
+    this.#form.elements.status.addEventListener("change", () => this.load());
     byId("more").addEventListener("click", () => this.load(this.#cursor));
     byId("choose-all").addEventListener("change", (event) => {
-      for (const box of byId("jobs").querySelectorAll("input")) this.#choose(box, event.target.checked);
+      const on = event.target.checked;
+      for (const box of this.#boxes) this.#choose(box, on);
     });
     for (const action of ["cancel", "retry"]) {
-      byId(`${action}-chosen`).addEventListener("click", () => this.#act(action, { ids: [...this.#chosen] }, this.#chosen.size));
+      byId(`${action}-chosen`).addEventListener("click", () => this.#act(action, [...this.#chosen]));
       byId(`${action}-all`).addEventListener("click", () => this.#actOnAll(action));
     }
     this.load();
@@ -45,27 +50,38 @@ export class AllJobs {
     return Object.fromEntries([...new FormData(this.#form)].map(([name, value]) => [name, value.trim()]).filter(([, value]) => value));
   }
 
+  get #boxes() {
+    return [...byId("jobs").querySelectorAll("input")];
+  }
+
+  /** Show what matches or, after `cursor`, more of what is shown. Returns whether that worked. */
   async load(cursor = null) {
-    const query = new URLSearchParams({ limit: 50, ...this.#filter, ...(cursor && { cursor }) });
+    const question = ++this.#asked;
+    const filter = cursor ? this.#shown : this.#filter;
+    const query = new URLSearchParams({ limit: 50, ...filter, ...(cursor && { cursor }) });
     try {
       const page = await api("GET", `/operate/jobs?${query}`);
+      if (question !== this.#asked) return false;
       if (!cursor) this.#clear();
+      this.#shown = filter;
       byId("jobs").append(...page.jobs.map((job) => this.#row(job)));
       if (!byId("jobs").childElementCount) byId("jobs").append(h("tr", {}, h("td", { colspan: "9", class: "muted" }, "No job matches.")));
       this.#cursor = page.next_cursor;
       byId("more").hidden = !page.next_cursor;
       byId("jobs-problem").hidden = true;
+      this.#showChosen();
+      return true;
     } catch (error) {
+      if (question !== this.#asked) return false;
       byId("jobs-problem").textContent = error.message;
       byId("jobs-problem").hidden = false;
+      return false;
     }
   }
 
   #clear() {
     this.#chosen.clear();
-    byId("choose-all").checked = false;
     byId("jobs").replaceChildren();
-    this.#showChosen();
   }
 
   #row(job) {
@@ -73,14 +89,14 @@ export class AllJobs {
     const ran = job.started_at && job.completed_at ? (new Date(job.completed_at) - new Date(job.started_at)) / 1000 : null;
     return h("tr", {},
       h("td", {}, h("input", { type: "checkbox", value: job.id, "aria-label": `Choose ${name}`, onchange: (event) => this.#choose(event.target, event.target.checked) })),
-      h("td", { title: job.id }, name),
-      h("td", { title: job.owner_id }, job.email ?? job.owner_id),
+      h("td", { class: "name", title: job.id }, name),
+      h("td", { class: "owner", title: job.owner_id }, job.email ?? job.owner_id),
       h("td", {}, h("span", { class: `status ${job.status}` }, job.status), job.status === "processing" && ` ${percent(job.progress)}`),
       h("td", { class: "number" }, job.audio_seconds ? clock(job.audio_seconds) : "–"),
-      h("td", { title: dateAndTime(job.created_at) }, ago(job.created_at)),
+      h("td", { class: "when", title: dateAndTime(job.created_at) }, ago(job.created_at)),
       h("td", { class: "number" }, span(ran)),
-      h("td", { class: "number" }, job.usage?.estimated_cost > 0 ? `$ ${number(job.usage.estimated_cost, 4)}` : "–"),
-      h("td", {}, job.error_code && [h("code", {}, job.error_code), " ", h("span", { class: "muted" }, job.error)]),
+      h("td", { class: "number" }, job.usage?.estimated_cost > 0 ? dollars(job.usage.estimated_cost) : "–"),
+      h("td", { class: "name" }, job.error_code && [h("code", {}, job.error_code), " ", h("span", { class: "muted" }, job.error)]),
     );
   }
 
@@ -93,33 +109,45 @@ export class AllJobs {
 
   #showChosen() {
     const count = this.#chosen.size;
+    byId("choose-all").checked = count > 0 && count === this.#boxes.length;
+    byId("choose-all").indeterminate = count > 0 && count < this.#boxes.length;
     byId("chosen").textContent = count ? `${plural(count, "job")} chosen` : "None chosen";
     for (const action of ["cancel", "retry"]) byId(`${action}-chosen`).disabled = !count;
   }
 
   async #actOnAll(action) {
-    const filter = this.#filter;
+    if (!await this.load()) return; // what was typed last shall be what is seen
+    const filter = this.#shown;
     const said = Object.entries(filter).map(([name, value]) => `${name.replace("_", " ")} ${value}`).join(", ");
     if (!said) return void toast("Say above which jobs: name a status, an owner or an error code.");
     const what = action === "cancel" ? "Jobs that wait or run are cancelled." : "Failed and cancelled jobs are queued again; what they cost is paid again.";
     const title = action === "cancel" ? "Cancel all that match?" : "Retry all that match?";
-    if (await confirmed(title, `${what} Matching: ${said}.`, action === "cancel" ? "Cancel them" : "Retry them")) await this.#act(action, { filter });
+    if (await confirmed(title, `${what} Matching: ${said}.`, action === "cancel" ? "Cancel them" : "Retry them")) await this.#act(action, null, filter);
   }
 
-  async #act(action, body, asked = null) {
+  /** Cancel or retry the jobs with these ids or, without, all that match the filter. */
+  async #act(action, ids, filter = null) {
+    let [changed, refused, said] = [0, 0, ""];
+    const send = async (body) => {
+      const answer = await api("POST", `/operate/jobs/${action}`, { body });
+      changed += answer.changed;
+      refused += answer.refused;
+      return answer.more && answer.changed > 0;
+    };
     try {
-      let changed = 0;
-      for (let more = true; more;) {
-        const answer = await api("POST", `/operate/jobs/${action}`, { body });
-        changed += answer.changed;
-        more = Boolean(body.filter) && answer.more && answer.changed > 0;
-      }
-      const left = asked ? asked - changed : 0;
-      toast(`${plural(changed, "job")} ${DONE[action]}${left > 0 ? `; ${number(left)} could not be, by their status` : ""}`);
+      if (filter) while (await send({ filter }));
+      else for (let sent = 0; sent < ids.length; sent += AT_ONCE) await send({ ids: ids.slice(sent, sent + AT_ONCE) });
+      const left = ids ? ids.length - changed - refused : 0;
+      said = [
+        `${plural(changed, "job")} ${DONE[action]}`,
+        left > 0 && `${number(left)} could not be, by their status`,
+        refused > 0 && `${number(refused)} would be more than their owners may have`,
+      ].filter(Boolean).join("; ");
     } catch (error) {
-      toast(error.message);
+      said = error.message;
     }
     await this.load();
+    toast(said);
     this.onChange();
   }
 }

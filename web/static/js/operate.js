@@ -3,8 +3,8 @@
 import { api } from "./api.js";
 import { barChart } from "./charts.js";
 import { confirmed } from "./confirming.js";
-import { byId, h } from "./dom.js";
-import { ago, dateAndTime, fileName, number, percent, plural, span } from "./format.js";
+import { byId, h, update } from "./dom.js";
+import { ago, dateAndTime, dollars, fileName, number, percent, plural, span } from "./format.js";
 import { AllJobs } from "./operate-jobs.js";
 import { toast } from "./toasts.js";
 
@@ -12,15 +12,21 @@ const EVERY = 5000; // milliseconds
 
 let overview = null;
 let timer = null;
+let asked = 0;
+const drawn = new Map();
 const jobs = new AllJobs(() => refresh());
 
 async function refresh() {
   clearTimeout(timer);
+  const question = ++asked;
   try {
-    overview = await api("GET", `/operate/overview?hours=${byId("hours").value}`);
+    const answer = await api("GET", `/operate/overview?hours=${byId("hours").value}`);
+    if (question !== asked) return; // it was about another period, or from before something was done
+    overview = answer;
     byId("problem").hidden = true;
     show();
   } catch (error) {
+    if (question !== asked) return;
     byId("problem").textContent = error.message;
     byId("problem").hidden = false;
   }
@@ -41,11 +47,8 @@ function show() {
   rows("failures", overview.failures.map(failure), "Nothing has failed.", 5);
 }
 
-/** Show rows, unless somebody is about to use a button in one of them. */
 function rows(id, found, otherwise, columns) {
-  const body = byId(id);
-  if (body.contains(document.activeElement)) return;
-  body.replaceChildren(...(found.length ? found : [h("tr", {}, h("td", { colspan: String(columns), class: "muted" }, otherwise))]));
+  update(byId(id), found.length ? found : [h("tr", {}, h("td", { colspan: String(columns), class: "muted" }, otherwise))]);
 }
 
 function showQueue() {
@@ -61,18 +64,21 @@ function showFigures() {
   const { queued, scheduled, processing } = queue.states;
   const figure = (name, value, more = "") => h("div", { class: "card figure" }, h("dt", {}, name), h("dd", {}, value, more && [" ", h("small", {}, more)]));
   const both = ({ p50, p95 }) => [span(p50), p95 === null ? "" : `95 % within ${span(p95)}`];
+  const alive = overview.workers.filter((one) => one.alive).length;
+  const silent = overview.workers.length - alive;
   const ended_count = ended.completed + ended.failed;
-  byId("figures").replaceChildren(
+  update(byId("figures"), [
     figure("Queued", number(queued), queue.oldest_queued_seconds === null ? "" : `oldest ${span(queue.oldest_queued_seconds)}`),
     figure("Audio that waits", span(queue.queued_audio_seconds), "estimated"),
-    figure("Processing", number(processing), `${plural(overview.workers.filter(({ alive }) => alive).length, "worker")}`),
-    figure("Scheduled", number(scheduled)),
+    figure("Processing", number(processing)),
+    figure("Scheduled", number(scheduled), "for later, or again"),
+    figure("Workers", number(alive), silent ? `${number(silent)} silent` : ""),
     figure("Completed", number(ended.completed), `${span(ended.audio_seconds)} of audio`),
     figure("Failed", number(ended.failed), ended_count ? percent(ended.failed / ended_count) : ""),
     figure("Wait", ...both(times.wait)),
     figure("Run", ...both(times.run)),
     figure("Speed", times.real_time_factor.p50 === null ? "–" : `${number(times.real_time_factor.p50, 1)}×`, "real time"),
-  );
+  ]);
 }
 
 function showThroughput() {
@@ -84,28 +90,31 @@ function showThroughput() {
     const said = `${bucket.completed} completed, ${bucket.failed} failed, ${bucket.cancelled} cancelled, ${span(bucket.audio_seconds)} of audio`;
     return { label, title: `${dateAndTime(at)}:\n${said}`, values: [bucket.completed, bucket.failed, bucket.cancelled] };
   });
-  draw("throughput", { bars, series: ["Completed", "Failed", "Cancelled"], caption: "Jobs that ended, over time", unit: (value) => number(value, 1) });
+  draw("throughput", { bars, series: ["Completed", "Failed", "Cancelled"], caption: "Jobs that ended, over time", whole: true });
 }
 
 function showCosts() {
   const bars = overview.costs.map((day) => {
     const date = new Date(`${day.day}T00:00:00Z`);
     const label = date.toLocaleDateString(undefined, { month: "short", day: "numeric", timeZone: "UTC" });
-    const said = `$ ${number(day.estimated_cost, 4)}, ${number(day.gpu_seconds)} GPU-seconds, ${number(day.cpu_seconds)} CPU-seconds, ${plural(day.jobs, "job")}, ${span(day.audio_seconds)} of audio`;
+    const said = `${dollars(day.estimated_cost)}, ${number(day.gpu_seconds)} GPU-seconds, ${number(day.cpu_seconds)} CPU-seconds, ${plural(day.jobs, "job")}, ${span(day.audio_seconds)} of audio`;
     return { label, title: `${day.day}:\n${said}`, values: [day.estimated_cost] };
   });
-  draw("costs", { bars, series: ["Dollars, estimated"], caption: "Estimated cost per day (UTC), in dollars", unit: (value) => `$ ${number(value, 4)}` });
+  draw("costs", { bars, series: ["Dollars, estimated"], caption: "Estimated cost per day (UTC), in dollars", unit: dollars });
 }
 
 /** Draw a chart, leaving its table open if it is, and alone if nothing has changed. */
 function draw(id, chart) {
   const place = byId(id);
-  const state = JSON.stringify(chart.bars);
-  if (place.dataset.state === state) return;
-  const open = place.querySelector("details")?.open ?? false;
-  place.replaceChildren(barChart(chart));
-  place.querySelector("details").open = open;
-  place.dataset.state = state;
+  const width = Math.max(260, place.clientWidth);
+  const state = JSON.stringify([width, chart.bars]);
+  if (drawn.get(id) === state) return;
+  drawn.set(id, state);
+  const table = place.querySelector("details");
+  const focused = table?.contains(document.activeElement);
+  place.replaceChildren(barChart({ ...chart, width }));
+  place.querySelector("details").open = table?.open ?? false;
+  if (focused) place.querySelector("summary").focus();
 }
 
 function worker({ id, alive, last_heartbeat, holds }) {
@@ -125,7 +134,7 @@ function owner(one) {
   const action = one.paused_at ? "resume" : "pause";
   const label = one.paused_at ? "Resume" : "Pause";
   return h("tr", {},
-    h("td", {}, name, one.paused_at && h("span", { class: "status" }, "Paused")),
+    h("td", { class: "name" }, name, one.paused_at && [" ", h("span", { class: "status" }, "Paused")]),
     h("td", { class: "number" }, number(one.queued)),
     h("td", { class: "number" }, number(one.processing)),
     h("td", { class: "number" }, span(one.waiting_audio_seconds)),
@@ -134,8 +143,8 @@ function owner(one) {
     h("td", { class: "number" }, number(one.weight, 2)),
     h("td", { class: "number" }, number(one.max_running)),
     h("td", {}, h("div", { class: "actions" },
-      h("button", { type: "button", class: "quiet", "aria-label": `${label} ${name}`, onclick: (event) => pauseOwner(event, one.owner_id, action) }, label),
-      h("button", { type: "button", class: "quiet", "aria-label": `Jobs of ${name}`, onclick: () => jobs.filter({ owner: one.owner_id }) }, "Jobs"))),
+      h("button", { type: "button", class: "quiet", "aria-label": `${label} ${name}`, "data-key": `pause ${one.owner_id}`, onclick: () => pauseOwner(one.owner_id, action) }, label),
+      h("button", { type: "button", class: "quiet", "aria-label": `Jobs of ${name}`, "data-key": `jobs ${one.owner_id}`, onclick: () => jobs.filter({ owner: one.owner_id }) }, "Jobs"))),
   );
 }
 
@@ -144,13 +153,12 @@ function failure(one) {
     h("td", {}, h("code", {}, one.error_code)),
     h("td", { class: "number" }, number(one.jobs)),
     h("td", {}, ago(one.last_at)),
-    h("td", {}, one.example),
-    h("td", {}, h("button", { type: "button", class: "quiet", "aria-label": `Jobs with ${one.error_code}`, onclick: () => jobs.filter({ status: "failed", error_code: one.error_code }) }, "Jobs")),
+    h("td", { class: "name" }, one.example),
+    h("td", {}, h("button", { type: "button", class: "quiet", "aria-label": `Jobs with ${one.error_code}`, "data-key": one.error_code, onclick: () => jobs.filter({ status: "failed", error_code: one.error_code }) }, "Jobs")),
   );
 }
 
-async function pauseOwner(event, id, action) {
-  event.target.blur();
+async function pauseOwner(id, action) {
   await run(() => api("POST", `/operate/owners/${id}/${action}`), action === "pause" ? "No more of their jobs start" : "Their jobs start again");
 }
 
@@ -170,5 +178,6 @@ byId("pause").addEventListener("click", async () => {
   await run(() => api("POST", `/operate/queue/${pausing ? "pause" : "resume"}`), pausing ? "The queue is paused" : "The queue goes on");
 });
 byId("hours").addEventListener("change", refresh);
+new ResizeObserver(() => overview && (showThroughput(), showCosts())).observe(byId("throughput"));
 document.addEventListener("visibilitychange", () => document.hidden || refresh());
 refresh();

@@ -1,21 +1,27 @@
 // The player: controls, keyboard, and a waveform to see where one is and to go elsewhere.
 
-import { byId, icon, svg } from "./dom.js";
+import { byId, h, icon, svg } from "./dom.js";
 import { clock } from "./format.js";
 
 const STEP = 5; // seconds
 const BARS = 400;
+const TYPING = 'input:not([type="checkbox"]), textarea, select, dialog';
+const PRESSED = "input, button, a, summary"; // by the space bar
 
 export class Player {
   onTime = () => {};
   #audio = byId("audio");
   #slider = byId("waveform");
 
-  /** `peaks`: 0 to 255, of equal parts of the recording; `doubts`: [start, end] in seconds. */
-  constructor({ source, duration, peaks, doubts }) {
+  #said = null;
+  #width = 0;
+  #shown = null;
+
+  /** `peaks`: 0 to 255, of equal parts of the recording. */
+  constructor({ source, duration, peaks }) {
     this.duration = duration;
     this.#audio.src = source;
-    this.#draw(peaks, doubts);
+    this.#draw(peaks);
     this.#controls();
     this.#waveform();
     this.#keys();
@@ -26,6 +32,13 @@ export class Player {
 
   get time() {
     return this.#audio.currentTime;
+  }
+
+  /** Mark parts of the recording, [start, end] in seconds, of whose text there is doubt. */
+  mark(doubts) {
+    this.doubts.replaceChildren(...doubts.map(([start, end]) => svg("rect", {
+      x: (start / this.duration) * BARS, width: Math.max(1, ((end - start) / this.duration) * BARS), y: 96, height: 4,
+    })));
   }
 
   seek(seconds) {
@@ -76,32 +89,44 @@ export class Player {
   #update() {
     const { time } = this;
     const share = this.duration ? Math.min(1, time / this.duration) : 0;
-    byId("position").textContent = clock(time);
-    this.#slider.setAttribute("aria-valuenow", Math.round(time));
-    this.#slider.setAttribute("aria-valuetext", `${clock(time)} of ${clock(this.duration)}`);
-    this.played.setAttribute("width", share * BARS);
-    this.head.setAttribute("x1", share * BARS);
-    this.head.setAttribute("x2", share * BARS);
+    const said = clock(time);
+    if (said !== this.#said) { // not in each frame
+      this.#said = said;
+      byId("position").textContent = said;
+      this.#slider.setAttribute("aria-valuenow", Math.floor(time));
+      this.#slider.setAttribute("aria-valuetext", `${said} of ${clock(this.duration)}`);
+    }
+    const pixels = Math.round(share * this.#width * devicePixelRatio) / devicePixelRatio;
+    if (pixels !== this.#shown) {
+      this.#shown = pixels;
+      this.#move(pixels);
+    }
     this.onTime(time, !this.#audio.paused);
   }
 
-  // The waveform
+  // The waveform: only transforms change, so that nothing is laid out or painted while it plays.
 
-  #draw(peaks, doubts) {
+  #move(pixels) {
+    this.head.style.transform = `translateX(${pixels}px)`;
+    this.played.style.transform = `translateX(${pixels - this.#width}px)`;
+    this.played.firstChild.style.transform = `translateX(${this.#width - pixels}px)`;
+  }
+
+  #draw(peaks) {
     const shape = outline(peaks);
-    this.played = svg("rect", { x: 0, y: 0, width: 0, height: 100 });
-    this.head = svg("line", { class: "head", y1: 0, y2: 100 });
-    const mark = ([start, end]) => svg("rect", {
-      x: (start / this.duration) * BARS, width: Math.max(1, ((end - start) / this.duration) * BARS), y: 96, height: 4,
-    });
-    this.#slider.replaceChildren(svg(
+    const picture = (name, ...children) => svg(
       "svg", { viewBox: `0 0 ${BARS} 100`, preserveAspectRatio: "none", "aria-hidden": "true" },
-      svg("clipPath", { id: "played" }, this.played),
-      svg("path", { class: "bars", d: shape }),
-      svg("path", { class: "played", d: shape, "clip-path": "url(#played)" }),
-      svg("g", { class: "doubts" }, doubts.map(mark)),
-      this.head,
-    ));
+      svg("path", { class: name, d: shape }), children,
+    );
+    this.doubts = svg("g", { class: "doubts" });
+    this.played = h("div", { class: "played" }, picture("done"));
+    this.head = h("div", { class: "head" });
+    this.#slider.replaceChildren(picture("bars", this.doubts), h("div", { class: "clip" }, this.played, this.head));
+    new ResizeObserver(([{ contentRect }]) => {
+      this.#width = contentRect.width;
+      this.#shown = null;
+      this.#update();
+    }).observe(this.#slider);
   }
 
   #waveform() {
@@ -127,7 +152,8 @@ export class Player {
 
   #keys() {
     addEventListener("keydown", (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, button, a, dialog")) return;
+      if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest(TYPING)) return;
+      if (event.key === " " && event.target.closest(PRESSED)) return;
       const act = {
         " ": () => this.toggle(), k: () => this.toggle(),
         j: () => this.seek(this.time - STEP), l: () => this.seek(this.time + STEP),

@@ -1,6 +1,6 @@
 // The transcript: segments, the word that is being spoken, and corrections where a segment is wrong.
 
-import { byId, h } from "./dom.js";
+import { byId, h, reveal } from "./dom.js";
 import { editor } from "./correcting.js";
 import { clock } from "./format.js";
 
@@ -11,20 +11,42 @@ const FLAGS = {
 };
 const UNSPACED = new Set(["ja", "lo", "my", "th", "yue", "zh"]);
 
+const BLOCK = 40; // segments that are laid out together
+const [LINE, LINE_HEIGHT, GAP] = [65, 1.97, 0.6]; // characters; rem
+
 export class TranscriptView {
   onChange = () => {};
+  onWords = () => {}; // with a segment whose words have become elements; its text is the same
   #lit = null;
   #current = null;
+  #doubt = -1;
 
   constructor(element, transcript, player, { path, translated }) {
     Object.assign(this, { element, transcript, player, path });
     this.separator = UNSPACED.has(transcript.language) && !translated ? "" : " ";
     this.segments = transcript.segments.map((segment, index) => new SegmentView(this, segment, index));
-    element.replaceChildren(...this.segments.map((segment) => segment.element));
+    this.#groupSpeakers();
+    element.replaceChildren(...blocks(this.segments));
     element.addEventListener("click", (event) => {
       const word = event.target.closest(".word");
       if (word && getSelection().isCollapsed) player.play(Number(word.dataset.start));
     });
+  }
+
+  /** Name speakers where they begin, not at each segment. */
+  #groupSpeakers() {
+    this.segments.forEach((segment, index) => {
+      const before = this.segments[index - 1]?.data.speaker;
+      segment.element.classList.toggle("same-speaker", Boolean(before) && segment.data.speaker === before);
+    });
+  }
+
+  /** Segments have been shown anew. */
+  changed() {
+    this.#lit = this.#current = null;
+    this.#groupSpeakers();
+    this.light(this.player.time, false);
+    this.onChange();
   }
 
   get doubtful() {
@@ -36,11 +58,12 @@ export class TranscriptView {
   }
 
   nextDoubtful() {
-    const after = this.segments.findIndex((segment) => segment.element.contains(document.activeElement));
     const { doubtful } = this;
-    const next = doubtful.find((segment) => segment.index > after) ?? doubtful[0];
-    next?.element.scrollIntoView({ block: "center" });
-    next?.time.focus();
+    const next = doubtful.find((segment) => segment.index > this.#doubt) ?? doubtful[0];
+    if (!next) return;
+    this.#doubt = next.index;
+    reveal(next.element);
+    next.time.focus({ preventScroll: true });
   }
 
   /** Light the word that is spoken at that time, and keep it in sight while it plays. */
@@ -60,21 +83,44 @@ export class TranscriptView {
     }
   }
 
+  /** Light the word at that time, and begin reading there. */
+  goTo(time) {
+    this.light(time, false);
+    if (this.#current && !isInSight(this.#current.element)) reveal(this.#current.element);
+  }
+
   /** Take in what the server has stored. */
   update(transcript) {
-    this.#lit = this.#current = null;
     transcript.segments.forEach((data, index) => {
-      if (JSON.stringify(data) !== JSON.stringify(this.segments[index].data)) this.segments[index].show(data);
+      const segment = this.segments[index];
+      if (segment.editing) segment.data = data; // and its form stays as it is
+      else if (JSON.stringify(data) !== JSON.stringify(segment.data)) segment.show(data);
     });
     this.transcript = transcript;
-    this.light(this.player.time, false);
-    this.onChange();
+    this.changed();
   }
 }
 
+/** Return lists of segments. What is out of sight is not laid out, but for its height, which is guessed. */
+function blocks(segments) {
+  const found = [];
+  for (let first = 0; first < segments.length; first += BLOCK) {
+    const some = segments.slice(first, first + BLOCK);
+    const block = h("ol", { class: "block", "aria-label": `From ${clock(some[0].data.start)}` }, some.map(({ element }) => element));
+    const lines = some.reduce((sum, { data }) => sum + Math.ceil(data.text.length / LINE), 0);
+    block.style.containIntrinsicBlockSize = `auto ${lines * LINE_HEIGHT + some.length * GAP}rem`;
+    block.addEventListener("contentvisibilityautostatechange", ({ skipped }) => skipped || some.forEach((segment) => segment.comeInSight()));
+    found.push(block);
+  }
+  return found;
+}
+
 class SegmentView {
+  #words = null;
+  #inSight = !("oncontentvisibilityautostatechange" in HTMLElement.prototype);
+
   constructor(view, data, index) {
-    Object.assign(this, { view, index, words: [], editing: false });
+    Object.assign(this, { view, index, editing: false });
     this.element = h("li", { class: "segment", "data-segment": index });
     this.show(data);
   }
@@ -90,8 +136,10 @@ class SegmentView {
     this.time = h("button", { type: "button", class: "at quiet", "aria-label": `Play from ${at}`, onclick: () => this.view.player.play(data.start) }, at);
     this.edit = h("button", { type: "button", class: "edit quiet", "aria-label": `Correct the segment at ${at}`, onclick: () => this.#open() }, "Correct");
     this.said = h("p", { class: "said" });
-    this.#fillWords();
     const removed = data.corrected && !data.text;
+    this.said.textContent = removed ? data.original ?? "" : data.text;
+    this.#words = null;
+    if (this.#inSight) this.#makeWords();
     this.element.className = `segment${this.doubtful ? " doubtful" : ""}${removed ? " removed" : ""}`;
     this.element.replaceChildren(
       this.time,
@@ -109,34 +157,44 @@ class SegmentView {
     return marks.length > 0 && h("span", { class: "marks" }, marks);
   }
 
-  #fillWords() {
+  /** The words, each an element: of 40,000 those that somebody sees or hears. */
+  get words() {
+    if (!this.#words) this.#makeWords();
+    return this.#words;
+  }
+
+  comeInSight() {
+    this.#inSight = true;
+    if (!this.#words) this.#makeWords();
+  }
+
+  #makeWords() {
     const { data } = this;
-    if (data.corrected && !data.text) {
-      this.words = [];
-      this.said.textContent = data.original ?? "";
-      return;
-    }
-    this.words = (data.words ?? guessed(data, this.view.separator)).map((word) => ({
+    this.#words = [];
+    if (data.corrected && !data.text) return;
+    this.#words = (data.words ?? guessed(data, this.view.separator)).map((word) => ({
       start: word.start,
       element: h("span", { class: "word", "data-start": word.start }, word.word),
     }));
     // Between words stands what stands there in the text: a space, nothing, or a mark that belongs to no word.
     let reached = 0;
-    for (const { element } of this.words) {
+    this.said.textContent = "";
+    for (const { element } of this.#words) {
       const word = element.textContent;
       const at = data.text.indexOf(word, reached);
       this.said.append(at < 0 ? this.view.separator : data.text.slice(reached, at), element);
       if (at >= 0) reached = at + word.length;
     }
     this.said.append(data.text.slice(reached));
+    this.view.onWords(this);
   }
 
   #open() {
     this.editing = true;
     this.element.replaceChildren(this.time, editor(this, (transcript) => {
-      this.editing = false;
+      this.show(this.data);
       if (transcript) this.view.update(transcript);
-      if (!this.edit.isConnected) this.show(this.data);
+      else this.view.changed();
       this.edit.focus();
     }));
     this.element.querySelector("textarea").focus();
@@ -165,9 +223,13 @@ function lastBefore(items, time, startOf) {
   return items[low - 1] ?? null;
 }
 
-function keepInSight(element) {
+function isInSight(element) {
   const { top, bottom } = element.getBoundingClientRect();
   const covered = byId("player").getBoundingClientRect().height;
+  return top >= 80 && bottom <= innerHeight - covered - 40;
+}
+
+function keepInSight(element) {
   const smooth = matchMedia("(prefers-reduced-motion: no-preference)").matches;
-  if (top < 80 || bottom > innerHeight - covered - 40) element.scrollIntoView({ block: "center", behavior: smooth ? "smooth" : "auto" });
+  if (!isInSight(element)) element.scrollIntoView({ block: "center", behavior: smooth ? "smooth" : "auto" });
 }
