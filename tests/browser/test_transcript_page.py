@@ -318,7 +318,7 @@ def test_what_cannot_be_copied_is_said(
     page.evaluate("navigator.clipboard.writeText('what was there before')")
     site.conn.execute("delete from processing_jobs where id = %s", (job,))
     page.get_by_role("button", name="Copy text").click()
-    expect(page.locator(".toast")).to_contain_text("no longer there")
+    expect(page.locator(".toast")).to_contain_text("Not copied. ")
     assert page.evaluate("navigator.clipboard.readText()") == "what was there before"
     assert "404" in complained.pop()
 

@@ -28,7 +28,13 @@ export function signInAgain() {
 }
 
 /** Ask, and return the answer's JSON, or null if it has none. Throws ApiError and Unreachable. */
-export async function api(method, path, { body, headers = {}, keepalive = false, signal } = {}) {
+export async function api(method, path, options = {}) {
+  const response = await ask(method, path, options);
+  return response.headers.get("Content-Type")?.includes("json") ? response.json() : null;
+}
+
+/** Ask, and return an answer that is no refusal. Throws ApiError and Unreachable. */
+export async function ask(method, path, { body, headers = {}, keepalive = false, signal } = {}) {
   let response;
   try {
     response = await fetch(path, {
@@ -42,7 +48,7 @@ export async function api(method, path, { body, headers = {}, keepalive = false,
     if (error.name === "AbortError") throw error;
     throw new Unreachable();
   }
-  if (response.ok) return response.headers.get("Content-Type")?.includes("json") ? response.json() : null;
+  if (response.ok) return response;
   if (response.status === 401) signInAgain();
   throw new ApiError(response.status, await problemOf(response));
 }

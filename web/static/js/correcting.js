@@ -44,7 +44,8 @@ export function editor(segment, done) {
 
   function keys(event) {
     if (event.isComposing) return;
-    if (event.key === "Escape") done(null);
+    const changed = text.value !== data.text || speaker.value !== (data.speaker ?? "");
+    if (event.key === "Escape" && !changed) done(null); // what was typed goes by "Cancel" only
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   }
 

@@ -1,6 +1,6 @@
 // The page of one job: its progress and partial text while it runs, then the player with the text in step.
 
-import { api } from "./api.js";
+import { api, ask } from "./api.js";
 import { byId, icon } from "./dom.js";
 import { Find } from "./find.js";
 import { clock, dateAndTime, dollars, percent } from "./format.js";
@@ -167,13 +167,15 @@ byId("cancel").addEventListener("click", () => act("cancel"));
 byId("retry").addEventListener("click", () => again());
 byId("doubts").addEventListener("click", () => view.nextDoubtful());
 byId("copy").addEventListener("click", async () => {
+  const text = ask("GET", `${path}/transcript.txt`)
+    .then(async (response) => new Blob([await response.text()], { type: "text/plain" }));
   try {
-    const response = await fetch(`${path}/transcript.txt`);
-    if (!response.ok) return void toast("The transcript is no longer there, or you are no longer signed in.");
-    await navigator.clipboard.writeText(await response.text());
+    // Handed over at once and filled later: Safari lets nobody write who has waited first.
+    await navigator.clipboard.write([new ClipboardItem({ "text/plain": text })]);
     toast("The text is on the clipboard");
   } catch {
-    toast("The browser did not allow copying. Export it as text instead.");
+    const refused = await text.then(() => null, (error) => error);
+    toast(refused ? `Not copied. ${refused.message}` : "The browser did not allow copying. Export it as text instead.");
   }
 });
 asMenu(byId("export"));

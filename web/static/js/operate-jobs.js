@@ -127,9 +127,12 @@ export class AllJobs {
 
   /** Cancel or retry the jobs with these ids or, without, all that match the filter. */
   async #act(action, ids, filter = null) {
-    let [changed, refused, said] = [0, 0, ""];
+    let [changed, refused, said, began] = [0, 0, "", null];
     const send = async (body) => {
+      // What has failed again since the first answer is not tried once more.
+      if (began && action === "retry") body.ended_before = began;
       const answer = await api("POST", `/operate/jobs/${action}`, { body });
+      began ??= answer.at;
       changed += answer.changed;
       refused += answer.refused;
       return answer.more && answer.changed > 0;

@@ -42,7 +42,10 @@ export class Player {
   }
 
   seek(seconds) {
-    this.#audio.currentTime = Math.min(Math.max(0, seconds), Math.max(0, this.duration - 0.05));
+    const time = Math.min(Math.max(0, seconds), Math.max(0, this.duration - 0.05));
+    this.#audio.currentTime = time;
+    // Safari forgets it where nothing of the recording is there yet.
+    if (!this.#audio.readyState) this.#audio.addEventListener("loadedmetadata", () => { this.#audio.currentTime = time; }, { once: true });
     this.#update();
   }
 
