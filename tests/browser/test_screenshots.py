@@ -88,7 +88,7 @@ def fill(site: Site, seed: Seed, ann: UUID) -> None:
         owners.append(UUID(int=number))
     for day in range(1, 14):
         for _ in range(round((6 + 3 * math.sin(day)) * (0.4 if day % 7 in {3, 4} else 1))):
-            ended(seed, chance, chance.choice(owners[1:]), day * 86400, scale=30)
+            ended(seed, chance, chance.choice(owners[1:]), day * 86400 - 7200, scale=30)
     for half_hour in range(48):
         busy = 1 + math.sin((half_hour + 20) / 48 * 2 * math.pi)
         for _ in range(round(5 * busy * chance.uniform(0.6, 1.3)) + 1):
