@@ -15,6 +15,7 @@ const PAGE = 50;
 const list = new JobList(byId("jobs"), byId("jobs-title"));
 let asking = null; // what is asked for at the moment, to break it off
 let nextPage = null;
+let wanted = PAGE; // jobs that are to be shown, if there are so many
 let searched = ""; // what the results that are shown were searched for
 let moreFound = false;
 
@@ -23,8 +24,8 @@ new Uploads((job) => {
   if (!list.has(job.id)) toast(`${fileName(job.file_path)} is queued`);
 });
 
-/** Show what is wanted now: what is searched for, or at least so many jobs of the filter. */
-async function load(atLeast = PAGE) {
+/** Show what is wanted now: what is searched for, or so many jobs of the filter. */
+async function load() {
   byId("jobs").setAttribute("aria-busy", "true");
   byId("problem").hidden = true;
   asking?.abort();
@@ -33,7 +34,7 @@ async function load(atLeast = PAGE) {
   const q = byId("search").elements.q.value.trim();
   try {
     if (q) await find(q, signal);
-    else await loadJobs(atLeast, signal);
+    else await loadJobs(signal);
   } catch (error) {
     if (error.name === "AbortError") return;
     showProblem(error);
@@ -41,7 +42,7 @@ async function load(atLeast = PAGE) {
   if (!signal.aborted) byId("jobs").setAttribute("aria-busy", "false");
 }
 
-async function loadJobs(atLeast, signal) {
+async function loadJobs(signal) {
   list.expect();
   const jobs = [];
   let cursor = null;
@@ -49,7 +50,7 @@ async function loadJobs(atLeast, signal) {
     const page = await askPage(cursor, signal);
     jobs.push(...page.jobs);
     cursor = page.next_cursor;
-  } while (cursor && jobs.length < atLeast);
+  } while (cursor && jobs.length < wanted);
   searched = "";
   setMore(cursor);
   list.show(jobs, { more: cursor !== null });
@@ -66,14 +67,9 @@ function askPage(cursor, signal) {
 async function loadMore() {
   const focused = document.activeElement === byId("more");
   const before = list.size;
-  try {
-    const page = await askPage(nextPage, asking.signal);
-    list.add(page.jobs, { more: page.next_cursor !== null });
-    setMore(page.next_cursor);
-    if (focused) list.focusBelow(before);
-  } catch (error) {
-    if (error.name !== "AbortError") showProblem(error);
-  }
+  wanted = before + PAGE;
+  await load();
+  if (focused && list.size > before) list.focusBelow(before);
 }
 
 async function find(q, signal) {
@@ -120,6 +116,7 @@ function showProblem(error) {
 
 byId("filter").addEventListener("change", (event) => {
   list.filter = event.target.value;
+  wanted = PAGE;
   byId("search").reset();
   load();
 });
@@ -140,7 +137,7 @@ follow("/jobs/events", {
   snapshot({ jobs }) {
     for (const job of jobs) list.put(job);
     // It has active jobs only: what ended before it, after the list was read, nobody tells.
-    if (!searched) load(list.size);
+    if (!searched) load();
   },
   job(job) {
     const news = list.put(job);
