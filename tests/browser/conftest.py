@@ -32,14 +32,14 @@ from tests.live import serve
 from web.app import create_app
 
 PASSWORD = "the password of the tests"
-SLOW = 60_000  # milliseconds for what a worker does on a busy machine
+SLOW = 180_000  # milliseconds for what a worker does on a busy machine
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--autoplay-policy=no-user-gesture-required",
     "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
 ]  # fmt: skip
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="session")
