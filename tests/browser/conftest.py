@@ -39,6 +39,16 @@ ARGUMENTS = [
     "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
 ]  # fmt: skip
 
+
+# A browser, a server and a worker have no time to spare: others would make time-outs of waits.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run each test of the browser alone."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("alone")
+
+
 expect.set_options(timeout=30_000)
 
 
