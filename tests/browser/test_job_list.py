@@ -457,6 +457,7 @@ def test_all_is_reached_by_tab(page: Page, work: Work, user: User) -> None:
     ended(work, user[0], "talk.mp3")
     work.insert(user[0], "waits.mp3")
     expect(page.locator("li.job")).to_have_count(2)
+    expect(row(page, "talk.mp3").locator(".status")).to_have_text("Failed")
     reached: list[str] = []
     name = """() => {
         const { activeElement: at } = document;

@@ -133,11 +133,20 @@ byId("more").addEventListener("click", loadMore);
 list.onChange = showEmpty;
 list.onRestored = load;
 
+let connected = false;
+
+// Live is what is connected, and has been read since.
+function showLive(live) {
+  byId("live").classList.toggle("connected", live);
+  byId("live").textContent = live ? "Live" : "Connecting";
+}
+
 follow("/jobs/events", {
-  snapshot({ jobs }) {
+  async snapshot({ jobs }) {
     for (const job of jobs) list.put(job);
     // It has active jobs only: what ended before it, after the list was read, nobody tells.
-    if (!searched) load();
+    if (!searched) await load();
+    showLive(connected);
   },
   job(job) {
     const news = list.put(job);
@@ -145,7 +154,7 @@ follow("/jobs/events", {
   },
   deleted: ({ id }) => list.gone(id),
 }, (up) => {
-  byId("live").classList.toggle("connected", up);
-  byId("live").textContent = up ? "Live" : "Connecting";
+  connected = up;
+  if (!up) showLive(false);
 });
 load();
