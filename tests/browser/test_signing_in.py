@@ -150,7 +150,8 @@ def test_when_a_session_has_ended_one_signs_in_and_is_back(
 ) -> None:
     page = site.open()
     path = where.format(job=job)
-    sign_in(page, user[1], path)
+    with page.expect_response("**/events"):  # else it might be the stream that is refused
+        sign_in(page, user[1], path)
     cancel = page.get_by_role("button", name="Cancel")
     expect(cancel).to_be_visible()
     end_sessions(site, user)
