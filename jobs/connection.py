@@ -185,7 +185,11 @@ class QueueConnection:
     @staticmethod
     async def _result(conn: Connection, expected: pq.ExecStatus) -> pq.abc.PGresult:
         result: pq.abc.PGresult
-        (result,) = await conn.wait(generators.execute(conn.pgconn))
+        results = await conn.wait(generators.execute(conn.pgconn))
+        if not results:
+            raise psycopg.OperationalError("the connection ended without an answer")
+        # What fails after the last row, as a commit or the server's end, comes behind the rows.
+        result = results[-1]
         if result.status != expected:
             raise errors.error_from_result(result, conn.info.encoding)
         return result

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Locator, Page, Response, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from tests.browser.conftest import PASSWORD, Site, complaints, sign_in
 from tests.supabase_auth.conftest import COOKIE, running
@@ -37,23 +37,26 @@ def end_sessions(site: Site, user: User) -> None:
 
 def read_all(page: Page, path: str, last: Locator) -> list[str]:
     """Return all that a page is given until ``last`` is there, but for its stream of events."""
-    answers: list[Response] = []
+    asked: list[Request] = []
+    finished: list[Request] = []
 
-    def note(answer: Response) -> None:
-        answers.append(answer)
+    def note_asked(one: Request) -> None:
+        asked.append(one)
 
-    page.goto("about:blank")  # no answer to what was asked before counts
-    page.on("response", note)
+    def note_finished(one: Request) -> None:
+        finished.append(one)
+
+    page.goto("about:blank")
+    page.on("request", note_asked)
+    page.on("requestfinished", note_finished)
     page.goto(path)
     expect(last).to_be_visible()
-    page.remove_listener("response", note)
-    finite = [
-        answer
-        for answer in answers
-        if "event-stream" not in (answer.header_value("content-type") or "")
-    ]
-    assert len(finite) > 5
-    return [answer.text() for answer in finite]
+    page.remove_listener("request", note_asked)
+    page.remove_listener("requestfinished", note_finished)
+    # What the page before had asked for may still be reported here.
+    answers = [answer for one in finished if one in asked and (answer := one.response())]
+    assert len(answers) > 5
+    return [answer.text() for answer in answers]
 
 
 def fill(page: Page, email: str, password: str) -> None:

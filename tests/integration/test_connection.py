@@ -161,3 +161,24 @@ async def test_a_call_without_an_answer_is_given_up(
             await beat(listening, worker_id)
     listening.call_timeout = connection.CALL_TIMEOUT
     await beat(listening, await register(listening))
+
+
+async def test_a_server_that_ends_between_the_rows_and_the_commit_has_not_answered(
+    settings: Settings, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        """
+        create table ends (at timestamptz default now());
+        create function end_it() returns trigger language plpgsql as
+            'begin perform pg_terminate_backend(pg_backend_pid()); return null; end';
+        create constraint trigger ends after insert on ends
+            deferrable initially deferred for each row execute function end_it();
+        create function insert_one() returns integer language sql as
+            'insert into public.ends default values; select 1';
+        """
+    )
+    queries = {"insert_one": b"select public.insert_one() as one"}
+    line = QueueConnection(functools.partial(database.connect, settings, name="test"), queries)
+    with pytest.raises(psycopg.errors.AdminShutdown):
+        await line.call("insert_one", {})
+    await line.close()
