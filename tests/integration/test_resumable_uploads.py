@@ -305,7 +305,7 @@ def test_many_at_a_time_do_no_harm(recording: Recording) -> None:
     recording.begin()
 
     def send_all(_: int) -> set[int]:
-        seen = set()
+        seen: set[int] = set()
         while True:
             asked = recording.ask()
             if asked.status_code == 423:  # somebody gives it its name just now
