@@ -151,16 +151,46 @@ def test_a_job_is_cancelled_and_when_others_try_it_again_it_is_not_cancelled_any
     work.start(job)
     talk = row(page, "talk.mp3")
     expect(talk.locator(".status")).to_have_text("Processing")
+    tab = page.context.new_page()
+    tab.goto(f"/app/jobs/{job}")
+    expect(tab.get_by_role("button", name="Cancel")).to_be_visible()
+    page.bring_to_front()
     talk.get_by_role("button", name="Cancel").focus()
     page.keyboard.press("Enter")
     expect(talk.locator(".status")).to_have_text("Cancelling")
     expect(talk.get_by_role("button", name="Cancel")).to_have_count(0)
+    tab.bring_to_front()
+    expect(tab.locator("#status")).to_have_text("Cancelling")
+    expect(tab.get_by_role("button", name="Cancel")).to_be_hidden()
+    tab.close()
+    page.bring_to_front()
     work.set_queue_status("aborted", job)
     expect(talk.locator(".status")).to_have_text("Cancelled")
     # The focus is not on what a second press would delete.
     expect(talk.get_by_role("link")).to_be_focused()
     work.execute("update processing_jobs set retry_requested_at = now() where id = %s", (job,))
     expect(talk.locator(".status")).to_have_text("Queued")
+    expect(talk.get_by_role("button", name="Cancel")).to_be_visible()
+
+
+def test_the_time_left_is_by_what_this_attempt_has_done(page: Page) -> None:
+    """The one before has done half of it: how fast, nobody knows."""
+    left = """async (states) => {
+      const list = document.querySelector("script[type=module]").src;
+      const { Estimates } = await import(new URL("progress.js", list));
+      const estimates = new Estimates();
+      return states.map(([attempt, progress, second]) => {
+        estimates.note({
+          id: "one", status: "processing", attempt, progress, started_at: "2026-01-01T00:00:00Z",
+          updated_at: `2026-01-01T00:00:${String(second).padStart(2, "0")}Z`,
+        });
+        const seconds = estimates.left("one");
+        return seconds === null ? null : Math.round(seconds);
+      });
+    }"""
+    first = [[1, 0.01, 1], [1, 0.25, 10], [1, 0.5, 20]]
+    second = [[2, 0.5, 30], [2, 0.51, 31], [2, 0.6, 40], [2, 0.7, 50]]
+    assert page.evaluate(left, first + second) == [None, 30, 20, None, None, 40, 30]
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Locator, Page, Request, Route, expect
 
 from tests.browser.conftest import Site, sign_in
 from tests.browser.seed import Seed
@@ -427,9 +428,22 @@ def test_all_that_match(
     expect(page.locator("#jobs")).not_to_contain_text("other.mp3")
     answer_dialog(page, "Leave it", about="Matching: error code timeout.")
     assert count(site, "queued") == 0
+    sent: list[Any] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/operate/jobs/retry"):
+            sent.append(request.post_data_json)
+
+    page.on("request", note)
     retry.click()
     answer_dialog(page, "Retry them", about="what they cost is paid again")
     expect(page.locator(".toast").last).to_have_text("1,101 jobs queued again")
+    # What fails again meanwhile has ended after the first answer, and is not asked for once more.
+    began = {request.get("ended_before") for request in sent[1:]}
+    assert len(sent) > 1
+    assert "ended_before" not in sent[0]
+    assert len(began) == 1
+    assert None not in began
     assert (count(site, "queued"), count(site, "failed")) == (1101, 1)
     page.get_by_role("button", name="Clear").click()
     page.get_by_label("Status").select_option("queued")

@@ -185,6 +185,11 @@ def test_keys(page: Page, seed: Seed, user: tuple[UUID, str]) -> None:
     paused = "document.getElementById('audio').paused"
     page.wait_for_function("() => document.getElementById('audio').readyState > 0")
     position = page.locator("#position")
+    # Letters count only where one plays or reads.
+    page.locator("h1").click()
+    page.keyboard.type("lkl")
+    assert page.evaluate(paused)
+    page.locator("#segments").click(position={"x": 3, "y": 3})
     for key, expected in (
         ("l", "0:05"),
         ("l", "0:10"),
@@ -433,6 +438,33 @@ def correct(page: Page, index: int, text: str) -> None:
     one.get_by_role("textbox", name="Text").fill(text)
     one.get_by_role("button", name="Save").click()
     expect(one.locator(".said")).to_have_text(text)
+
+
+def test_escape_closes_what_nothing_was_typed_into_and_nothing_else(
+    page: Page, seed: Seed, user: tuple[UUID, str]
+) -> None:
+    show(page, seed.transcript(user[0], [segment("Short.", 0, 5)]))
+    form = page.get_by_role("form", name="Correct the segment at 0:00")
+    text, speaker = (
+        page.get_by_role("textbox", name="Text"),
+        page.get_by_label("Speaker", exact=True),
+    )
+
+    def open_it() -> None:
+        page.locator(".segment").hover()
+        page.get_by_role("button", name="Correct").click()
+        expect(text).to_be_focused()
+
+    open_it()
+    page.keyboard.press("Escape")
+    expect(form).to_be_hidden()
+    for field, typed in ((text, "Long."), (speaker, "Ann")):
+        open_it()
+        field.fill(typed)
+        page.keyboard.press("Escape")
+        expect(field).to_have_value(typed)
+        page.get_by_role("button", name="Cancel").click()
+        expect(form).to_be_hidden()
 
 
 def test_a_correction_that_is_refused_is_not_lost(

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from playwright.sync_api import Dialog, FilePayload, Locator, Page, expect
 
-from tests.browser.conftest import Site, complaints, sign_in
+from tests.browser.conftest import ARGUMENTS, Site, complaints, sign_in
 from tests.live import FaultyProxy, answer, proxied, serve
 from tests.streams import until
 from web.app import create_app
@@ -367,6 +367,21 @@ def test_two_tabs_upload_the_same_file_without_getting_into_each_others_way(
     assert stored(site, user) == large[1]
 
 
+def test_who_signs_out_leaves_no_links_to_uploads_behind(
+    site: Site, user: User, large: tuple[Path, str]
+) -> None:
+    with behind_proxy(site, user) as (page, proxy):
+        page.on("dialog", lambda dialog: dialog.accept())
+        proxy.faults = [("PATCH", None), ("PATCH", "wait")]
+        page.set_input_files("#files", large[0])
+        until(lambda: proxy.seen("PATCH") == 2, "the second piece is on its way")
+        kept = "() => Object.keys(localStorage).filter((key) => key.startsWith('pgscribe.upload '))"
+        assert len(page.evaluate(kept)) == 1
+        page.get_by_role("button", name="Sign out").click()
+        expect(page).to_have_title("Sign in · pgscribe")
+        assert page.evaluate(kept) == []
+
+
 def test_a_recording_is_discarded_and_the_microphone_let_go(
     page: Page, site: Site, user: User
 ) -> None:
@@ -377,6 +392,44 @@ def test_a_recording_is_discarded_and_the_microphone_let_go(
     expect(page.get_by_role("button", name="Record")).to_be_focused()
     expect(page.locator("#recording")).to_be_hidden()
     assert jobs(site, user) == []
+
+
+def test_who_does_not_allow_the_microphone_is_told_how_to(
+    site: Site, user: User, chromium: str
+) -> None:
+    args = [argument for argument in ARGUMENTS if "fake-ui" not in argument]  # which allows it
+    launch = site.browser.browser_type.launch
+    with launch(executable_path=chromium, args=args) as browser:
+        page = replace(site, browser=browser, contexts=[]).open()
+        sign_in(page, user[1])
+        browser.new_browser_cdp_session().send(
+            "Browser.setPermission",
+            {"permission": {"name": "microphone"}, "setting": "denied", "origin": site.url},
+        )
+        page.get_by_role("button", name="Record").click()
+        expect(page.locator(".toast")).to_contain_text("Allow it for this site in the address bar")
+        expect(page.get_by_role("button", name="Record")).to_be_enabled()
+        expect(page.locator("#recording")).to_be_hidden()
+
+
+def test_what_was_said_before_the_microphone_was_unplugged_is_kept(
+    page: Page, site: Site, user: User
+) -> None:
+    page.evaluate(
+        """() => {
+          const devices = navigator.mediaDevices;
+          const ask = devices.getUserMedia.bind(devices);
+          devices.getUserMedia = async (wanted) => (window.microphone = await ask(wanted));
+        }"""
+    )
+    page.get_by_role("button", name="Record").click()
+    expect(page.locator("#recorded")).to_have_text("0:02")
+    page.evaluate("() => window.microphone.getTracks().forEach((track) => track.stop())")
+    page.wait_for_timeout(300)  # the recorder hears of it
+    page.get_by_role("button", name="Transcribe it").click()
+    until(lambda: jobs(site, user), "there is a job")
+    ((path, _),) = jobs(site, user)
+    assert (site.settings.storage_dir / path).stat().st_size > 1000
 
 
 # Refusals

@@ -39,7 +39,7 @@ def test_a_jobs_stream_has_status_progress_and_text_in_order_and_ends_with_the_j
         assert set(first.data) == {
             "id", "file_path", "status", "progress", "attempt", "audio_seconds", "note",
             "error_code", "error", "created_at", "updated_at", "started_at", "completed_at",
-            "due_at",
+            "due_at", "cancel_requested_at",
         }  # fmt: skip
         work.start(job)
         stream.expect("job", status="processing", attempt=1)

@@ -237,11 +237,10 @@ class Row {
   }
 
   update(job, estimates) {
-    const { status } = this.job;
-    // An event does not say whether it is to be cancelled. Once it has ended, that is over.
-    if (ENDED.has(status)) this.job.cancel_requested_at = null;
+    const before = this.job;
     this.job = { ...this.job, ...job };
-    if (job.status !== status || this.job.cancel_requested_at) this.#renew();
+    const cancelling = (one) => Boolean(one.cancel_requested_at);
+    if (this.job.status !== before.status || cancelling(this.job) !== cancelling(before)) this.#renew();
     this.#fill();
     this.tick(estimates);
   }

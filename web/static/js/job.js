@@ -40,7 +40,9 @@ function show(state) {
   const running = !ENDED.has(job.status);
   const failed = job.status === "failed" || job.status === "cancelled";
   byId("status").className = `status ${job.status}`;
-  byId("status").textContent = job.status[0].toUpperCase() + job.status.slice(1);
+  const cancelling = running && job.cancel_requested_at;
+  byId("status").textContent = cancelling ? "Cancelling" : job.status[0].toUpperCase() + job.status.slice(1);
+  byId("cancel").hidden = Boolean(cancelling);
   byId("about").textContent = aboutJob();
   byId("work").hidden = !running;
   byId("partial").hidden = !running || !text;

@@ -7,6 +7,7 @@ const STEP = 5; // seconds
 const BARS = 400;
 const TYPING = 'input:not([type="checkbox"]), textarea, select, dialog';
 const PRESSED = "input, button, a, summary"; // by the space bar
+const PLACES = "#player, #segments"; // take the focus when they are clicked
 
 export class Player {
   onTime = () => {};
@@ -155,13 +156,15 @@ export class Player {
 
   #keys() {
     addEventListener("keydown", (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest(TYPING)) return;
-      if (event.key === " " && event.target.closest(PRESSED)) return;
+      const { key, target } = event;
+      if (event.ctrlKey || event.metaKey || event.altKey || target.closest(TYPING)) return;
+      if (key === " " && target.closest(PRESSED)) return;
       const act = {
         " ": () => this.toggle(), k: () => this.toggle(),
         j: () => this.seek(this.time - STEP), l: () => this.seek(this.time + STEP),
-      }[event.key];
-      if (!act) return;
+      }[key];
+      // Letters only where one plays or reads: whoever speaks to the browser says them anywhere (WCAG 2.1.4).
+      if (!act || (key !== " " && !target.closest(PLACES))) return;
       event.preventDefault();
       act();
     });
