@@ -8,11 +8,11 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from db import migrate
 from db.embedded import EmbeddedPostgres
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.conftest import migrated_postgres
 from tests.faults.fleet import Database, Fleet, Jobs, assert_no_defects, until
 from tests.faults.invariants import assert_consistent, assert_each_attempt_ran_once
 from tests.faults.proxy import Proxy
@@ -24,16 +24,11 @@ HELD = (
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory, template: str) -> Iterator[EmbeddedPostgres]:
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
     # Many databases with workers at once: each worker has a pool and a connection of its own.
-    settings = {"max_connections": "300"}
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), settings=settings)
-    with server:
-        server.create_database(template)
-        server.bootstrap(template)
-        migrate.migrate(server.url(database=template))
+    folder = tmp_path_factory.mktemp("postgres")
+    with migrated_postgres(folder, max_connections="300") as server:
         yield server
-    server.remove()
 
 
 @pytest.fixture(autouse=True)
