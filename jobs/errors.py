@@ -241,8 +241,9 @@ class UrlRefused(InvalidInput):
 
     code = "url_refused"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(f"audio_url: {message}", field="audio_url")
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"audio_url: {problem}", field="audio_url")
+        self.problem = problem
 
 
 class UrlUnavailable(PgscribeError):
@@ -252,11 +253,48 @@ class UrlUnavailable(PgscribeError):
     field = "audio_url"
 
     def __init__(
-        self, message: str, *, retryable: bool = True, retry_after: float | None = None
+        self, problem: str, *, retryable: bool = True, retry_after: float | None = None
     ) -> None:
-        super().__init__(f"audio_url: {message}")
+        super().__init__(f"audio_url: {problem}")
+        self.problem = problem
         self.retryable = retryable
         self.retry_after = retry_after
+
+
+class EndpointNotFound(PgscribeError):
+    """There is no such webhook endpoint, or it is not yours."""
+
+    code = "endpoint_not_found"
+
+
+class DeliveryNotFound(PgscribeError):
+    """There is no such delivery of a webhook, or it is not yours."""
+
+    code = "delivery_not_found"
+
+
+class WebhookFailed(PgscribeError):
+    """The receiver of a webhook did not take it; a later attempt may end better."""
+
+    code = "webhook_failed"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class WebhookGone(PgscribeError):
+    """The receiver of a webhook wants no more of them."""
+
+    code = "webhook_gone"
+
+
+class WebhookRefused(PgscribeError):
+    """A webhook is not sent. ``code`` says why: ``url_refused`` or ``endpoint_disabled``."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class JobConflict(PgscribeError):

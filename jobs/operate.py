@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from jobs.errors import InvalidInput, NotAnOperator, UserNotFound
 from jobs.models import Cursor, JobStatus
 from jobs.sql import OPERATE
+from jobs.webhooks import Delivery
 
 Connection = psycopg.AsyncConnection[Any]
 Action = Literal["cancel", "retry"]
+OpenStatus = Literal["queued", "sending", "failed"]
 
 MAX_HOURS = 720
 MAX_CHANGED = 1000
@@ -148,6 +150,23 @@ class DayCosts(_Frozen):
     estimated_cost: float
 
 
+class WebhooksNow(_Frozen):
+    """Deliveries that are ready (``queued``), ``waiting`` for another attempt, or ``sending``.
+
+    ``delivered``, ``failed``, and the seconds from a job's end to the receiver's answer are of the
+    window. ``disabled_endpoints``: those that were disabled because they answered 410, or not.
+    """
+
+    queued: int
+    waiting: int
+    sending: int
+    oldest_queued_seconds: float | None
+    delivered: int
+    failed: int
+    seconds: Spread
+    disabled_endpoints: int
+
+
 class Overview(_Frozen):
     """What goes on, and what ended since ``since``: the bucket in which it was ``hours`` ago."""
 
@@ -163,6 +182,7 @@ class Overview(_Frozen):
     workers: list[WorkerNow]
     owners: list[OwnerNow]
     costs: list[DayCosts]
+    webhooks: WebhooksNow
 
 
 class OperatorJob(_Frozen):
@@ -184,6 +204,16 @@ class OperatorJob(_Frozen):
     error_code: str | None
     error: str | None
     usage: dict[str, float] | None
+
+
+class OperatorDelivery(Delivery):
+    """A delivery as operators see it: whose it is, but not what it says.
+
+    ``url`` is its receiver's scheme, host and port.
+    """
+
+    owner_id: UUID
+    email: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +313,40 @@ async def change_jobs(
         changed = await cursor.fetchone()
     assert changed is not None
     return changed
+
+
+async def list_deliveries(
+    conn: Connection,
+    status: OpenStatus,
+    *,
+    owner: UUID | None = None,
+    limit: int = 50,
+    after: Cursor | None = None,
+) -> tuple[list[OperatorDelivery], Cursor | None]:
+    """Return some of all owners' deliveries, newest first, and where the list goes on."""
+    at, delivery = after or (None, None)
+    values = {"status": status, "owner": owner, "limit": limit + 1}
+    async with conn.cursor(row_factory=class_row(OperatorDelivery)) as cursor:
+        with _operators_only():
+            await cursor.execute(
+                OPERATE["operator_deliveries"], values | {"after_at": at, "after_id": delivery}
+            )
+        found = await cursor.fetchall()
+    page = found[:limit]
+    return page, (page[-1].created_at, page[-1].id) if len(found) > limit else None
+
+
+async def replay_deliveries(conn: Connection, ids: Sequence[UUID]) -> int:
+    """Send up to ``MAX_CHANGED`` deliveries again and return how many.
+
+    Those that wait, or whose endpoint is disabled, are left as they are.
+    """
+    async with conn.cursor(row_factory=scalar_row) as cursor:
+        with _operators_only():
+            await cursor.execute(OPERATE["operator_replay_deliveries"], {"ids": list(ids)})
+        count: int | None = await cursor.fetchone()
+    assert count is not None
+    return count
 
 
 async def pause_or_resume_queue(conn: Connection, action: Literal["pause", "resume"]) -> None:

@@ -19,7 +19,8 @@ from jobs.models import Attempt
 
 QUEUE_NAME = "transcription"
 MAINTENANCE = "maintenance"
-OTHER_QUEUES = (MAINTENANCE,)
+WEBHOOKS = "webhooks"
+LIGHT_QUEUES = (MAINTENANCE, WEBHOOKS)  # whose jobs have slots of their own
 
 #: What Postgres raises for a result that it can't store, however often that is tried.
 UNUSABLE = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
@@ -96,16 +97,24 @@ class ClaimedJob:
         return Ended(self.queue_job_id, self.attempt.job_id, self.attempt.number, outcome, **values)
 
 
+Due = tuple[float, float] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a turn brought. ``due``: when a job falls due, seconds since the epoch and from now."""
+    """What a turn brought. ``due``: when a job falls due, seconds since the epoch and from now.
+
+    ``more`` and ``due`` are of transcriptions, ``light_more`` and ``light_due`` of light jobs.
+    """
 
     jobs: list[ClaimedJob]
     more: bool
     missed: int
-    due: tuple[float, float] | None
+    due: Due
     busy: frozenset[UUID]
     abort: frozenset[int]
+    light_more: bool
+    light_due: Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +151,22 @@ class Queue:
         worker_id: int = row["worker_id"]
         return worker_id
 
-    async def turn(
+    async def turn(  # noqa: PLR0913 - two kinds of slots
         self,
         worker_id: int,
         ended: Sequence[Ended],
         wanted: int,
         announcement: str | None,
         *,
+        light: int = 0,
+        light_announcement: str | None = None,
         running: bool = True,
     ) -> Turn:
-        """End attempts and claim jobs for ``wanted`` free slots, in one transaction.
+        """End attempts and claim jobs for free slots, in one transaction.
 
-        ``running``: others run on, so it is worth a look which of them are to stop.
-        Raises one of ``UNUSABLE`` where Postgres can't store a result; then nothing was done.
+        ``wanted``: slots for transcriptions; ``light``: slots for light jobs; ``running``: others
+        run on, so it is worth a look which of them are to stop. Raises one of ``UNUSABLE`` where
+        Postgres can't store a result; then nothing was done.
         """
         row = await self._call(
             "turn",
@@ -163,9 +175,11 @@ class Queue:
                 "ended": json.dumps([end.to_row() for end in ended]) if ended else None,
                 "wanted": wanted,
                 "running": running,
-                "other_queues": list(OTHER_QUEUES),
+                "other_queues": [MAINTENANCE],
                 "max_attempts": self._max_attempts,
                 "announcement": announcement,
+                "wanted_light": light,
+                "light_announcement": light_announcement,
             },
             raises=UNUSABLE if ended else (),
         )
@@ -176,6 +190,8 @@ class Queue:
             None if row["due"] is None else (row["due"], row["due_in"]),
             frozenset(map(UUID, row["busy"] or ())),
             frozenset(row["abort"] or ()),
+            bool(row["light_more"]),
+            None if row["light_due"] is None else (row["light_due"], row["light_due_in"]),
         )
 
     async def beat(self, worker_id: int, held: Iterable[ClaimedJob], *, sweep: bool) -> Beat | None:

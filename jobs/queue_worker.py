@@ -18,7 +18,7 @@ from procrastinate import worker as procrastinate_worker
 from jobs import execution
 from jobs.backoff import Backoff
 from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
-from jobs.queue import OTHER_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Ended, Queue, Turn
+from jobs.queue import LIGHT_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Due, Ended, Queue, Turn
 from jobs.wakeups import Wakeups, announcement
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,9 @@ POLL = 30.0  # seconds between looks while they do, in case one was lost all the
 SWEEP_STEP = 0.02  # seconds from one worker's look for dead ones to the next one's
 SIGN_OFF_TIMEOUT = 3.0  # seconds that a stopping worker tries to tell the database
 WORKERS_CHANNEL = "pgscribe_workers"
-CHANNELS = (
-    WORKERS_CHANNEL,
-    *(f"procrastinate_queue_v1#{name}" for name in (QUEUE_NAME, *OTHER_QUEUES)),
-)
+JOBS_CHANNEL = f"procrastinate_queue_v1#{QUEUE_NAME}"
+LIGHT_CHANNELS = frozenset(f"procrastinate_queue_v1#{name}" for name in LIGHT_QUEUES)
+CHANNELS = (WORKERS_CHANNEL, JOBS_CHANNEL, *LIGHT_CHANNELS)
 
 
 @dataclass(slots=True)
@@ -56,7 +55,8 @@ class Worker(procrastinate_worker.Worker):
     One loop talks to the database: a *turn* ends what has ended and claims what there are slots
     for, a *beat* says that this worker is alive. What is ready goes at once; what becomes ready
     during a turn waits for the next one, so batches form by themselves. An error of the
-    database only delays the next turn.
+    database only delays the next turn. Light jobs, which are webhooks and maintenance, have
+    ``light_slots`` of their own.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class Worker(procrastinate_worker.Worker):
         *,
         queue: Queue,
         stall_timeout: float,
+        light_slots: int,
         **options: Any,
     ) -> None:
         super().__init__(app, **options)
+        self._light_slots = light_slots
         self._queue = queue
         queue.connection.listen(
             CHANNELS,
@@ -79,6 +81,7 @@ class Worker(procrastinate_worker.Worker):
         self._stall_timeout = stall_timeout
         self._id = 0
         self._wakeups = Wakeups(time.monotonic)
+        self._light_wakeups = Wakeups(time.monotonic)
         self._changed = asyncio.Event()
         self._running: dict[tuple[int, int], _Running] = {}  # by ClaimedJob.key
         self._ended: deque[tuple[ClaimedJob, Ended]] = deque()
@@ -173,7 +176,7 @@ class Worker(procrastinate_worker.Worker):
                     self._id = await self._queue.register()
                     self.worker_id = self._id
                     self._next_beat = 0.0
-                    self._wakeups.add_own()
+                    self._look_for_all()
                 await self._take_turn_or_wait()
                 backoff.reset()
                 if away_since is not None:
@@ -211,16 +214,30 @@ class Worker(procrastinate_worker.Worker):
             self._ended.extend(self._busy)
             self._busy.clear()
         self._changed.clear()
-        free = 0 if self._draining else self.concurrency - len(self._running)
-        if free and now >= self._next_poll:
-            self._wakeups.add_own()
-        if self._ended or self._abort_requested or (free and self._wakeups.due):
-            await self._turn(free)
+        free, light = self._free_slots()
+        if now >= self._next_poll and (free or light):
+            self._look_for_all()
+        due = (free and self._wakeups.due) or (light and self._light_wakeups.due)
+        if self._ended or self._abort_requested or due:
+            await self._turn(free, light)
         elif not self._done():
             times = [self._next_beat, self._next_echo_check, self._busy_until, self._stop_at]
             times.append(self._give_up_at)
-            times += [self._next_poll, self._wakeups.next()] if free else []
+            times += [self._next_poll] if free or light else []
+            times += [self._wakeups.next()] if free else []
+            times += [self._light_wakeups.next()] if light else []
             await self._wait_for_change(min(at for at in times if at and at > now))
+
+    def _free_slots(self) -> tuple[int, int]:
+        """Return how many jobs may start, and how many light ones."""
+        if self._draining:
+            return 0, 0
+        light = sum(running.claimed.attempt is None for running in self._running.values())
+        return self.concurrency - (len(self._running) - light), self._light_slots - light
+
+    def _look_for_all(self) -> None:
+        self._wakeups.add_own()
+        self._light_wakeups.add_own()
 
     async def _wait_for_change(self, until: float) -> None:
         pause = until - time.monotonic()
@@ -228,9 +245,9 @@ class Worker(procrastinate_worker.Worker):
         await self._changed.wait()
         alarm.cancel()
 
-    async def _turn(self, free: int) -> None:
+    async def _turn(self, free: int, light: int) -> None:
         ended = list(self._ended)[: self._most_ends]
-        reached = self._wakeups.reached()
+        reached, light_reached = self._wakeups.reached(), self._light_wakeups.reached()
         self._abort_requested = False
         self._turning = True
         try:
@@ -239,6 +256,10 @@ class Worker(procrastinate_worker.Worker):
                 [end for _, end in ended],
                 free,
                 announcement(reached) if free and self._wakeups.workers > 1 else None,
+                light=light,
+                light_announcement=(
+                    announcement(light_reached) if light and self._wakeups.workers > 1 else None
+                ),
                 running=bool(self._running),
             )
         except UNUSABLE:
@@ -259,11 +280,17 @@ class Worker(procrastinate_worker.Worker):
             self._start(claimed)
         await asyncio.sleep(0)  # so that they start before anything else is done
         self._stop_cancelled(turn.abort)
+        if light:
+            self._light_wakeups.forget(light_reached)
+            if turn.light_more:
+                self._light_wakeups.add_own()
+            self._plan(self._light_wakeups, turn.light_due)
         if free:
             self._wakeups.forget(reached)
             self._plan_next_look(turn)
-            if not (self.wait or self._running or turn.more):
-                self.stop()
+        if free or light:
+            hears = self._queue.connection.hears
+            self._next_poll = time.monotonic() + (POLL if hears else POLL_DEAF)
 
     def _stop_cancelled(self, queue_job_ids: frozenset[int]) -> None:
         for (queue_job_id, _), running in self._running.items():
@@ -279,16 +306,22 @@ class Worker(procrastinate_worker.Worker):
             self._busy_backoff.reset()
 
     def _plan_next_look(self, turn: Turn) -> None:
-        self._next_poll = time.monotonic() + (POLL if self._queue.connection.hears else POLL_DEAF)
         if turn.more and turn.jobs:
             self._wakeups.add_own()
         if turn.missed:
             self._wakeups.add_own(self._missed_backoff.next())
         else:
             self._missed_backoff.reset()
-        if turn.due is not None:
-            at, seconds = turn.due
-            self._wakeups.add(int(at * 1000), max(seconds, 0.0) + 0.001)
+        self._plan(self._wakeups, turn.due)
+        if not (self.wait or self._running or turn.more):
+            self.stop()
+
+    def _plan(self, wakeups: Wakeups, due: Due) -> None:
+        if due is not None:
+            at, seconds = due
+            # The other kind may fall due in the same millisecond, and is another token.
+            token = int(at * 1000) * (1 if wakeups is self._wakeups else -1)
+            wakeups.add(token, max(seconds, 0.0) + 0.001)
 
     async def _end_one_by_one(self, ended: list[tuple[ClaimedJob, Ended]]) -> None:
         """Find the result that Postgres can't store, and fail its job; end the others."""
@@ -326,7 +359,8 @@ class Worker(procrastinate_worker.Worker):
             for running in self._running.values():
                 running.stop("lost")
             return
-        self._wakeups.rank, self._wakeups.workers = beat.rank, max(beat.workers, 1)
+        for wakeups in (self._wakeups, self._light_wakeups):
+            wakeups.rank, wakeups.workers = beat.rank, max(beat.workers, 1)
         if beat.stall is not None:
             # In turn, and not too often while nobody may be swept yet.
             pause = beat.stall + SWEEP_STEP * (beat.rank + 1) if beat.stall > 0 else 1.0
@@ -343,7 +377,7 @@ class Worker(procrastinate_worker.Worker):
     # Notifications: hints to look, never the truth
 
     def _on_listening(self) -> None:
-        self._wakeups.add_own()  # whatever was sent during the gap
+        self._look_for_all()  # whatever was sent during the gap
         self._abort_requested = True
         self._changed.set()
 
@@ -357,7 +391,9 @@ class Worker(procrastinate_worker.Worker):
         except (ValueError, RecursionError):
             return
         if channel == WORKERS_CHANNEL and isinstance(message, list):
-            self._wakeups.forget(token for token in message if isinstance(token, int))
+            tokens = [token for token in message if isinstance(token, int)]
+            self._wakeups.forget(tokens)
+            self._light_wakeups.forget(tokens)
             return
         match message:
             case {"type": "abort_job_requested", "job_id": int(job_id)}:
@@ -366,8 +402,9 @@ class Worker(procrastinate_worker.Worker):
                     self._abort_requested = True
                     self._changed.set()
             case {"type": "job_inserted", "job_id": int(job_id)}:
-                if len(self._running) < self.concurrency:
-                    self._wakeups.add(job_id)
+                light = channel in LIGHT_CHANNELS
+                if self._free_slots()[light] > 0:
+                    (self._light_wakeups if light else self._wakeups).add(job_id)
                     self._changed.set()
 
     # Running jobs
@@ -432,17 +469,20 @@ class App(procrastinate.App):
         *,
         queue: Callable[[], Queue],
         stall_timeout: float,
+        light_slots: int = 10,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._new_queue = queue
         self._stall_timeout = stall_timeout
+        self._light_slots = light_slots
 
     def _worker(self, **options: Any) -> Worker:
         return Worker(
             self,
             queue=self._new_queue(),
             stall_timeout=self._stall_timeout,
+            light_slots=self._light_slots,
             **{**self.worker_defaults, **options},
         )
 

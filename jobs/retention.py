@@ -30,6 +30,10 @@ async def prune(pool: Pool, storage: Storage, settings: Settings) -> dict[str, i
         pruned["queue_jobs"] = await _prune_rows(pool, "queue_jobs", settings.keep_queue_jobs_days)
     if settings.keep_audio_days is not None:
         pruned["audio"] = await _prune_audio(pool, storage, settings.keep_audio_days)
+    if settings.keep_webhook_deliveries_days is not None:
+        pruned["webhook_deliveries"] = await _prune_rows(
+            pool, "webhook_deliveries", settings.keep_webhook_deliveries_days
+        )
     for what, days in ages.items():
         if days is not None:
             pruned[what] = await _prune_rows(pool, what, days)

@@ -1,9 +1,7 @@
 """What an owner can do with jobs. Every function runs on a connection that acts as that user."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -17,7 +15,6 @@ from jobs.errors import (
     InvalidInput,
     JobConflict,
     JobNotFound,
-    LimitReached,
     NotAllowed,
     RequestInFlight,
 )
@@ -33,6 +30,7 @@ from jobs.models import (
     SearchResult,
     Waveform,
 )
+from jobs.refusals import refusals
 from jobs.sql import JOBS
 
 Connection = psycopg.AsyncConnection[Any]
@@ -40,7 +38,6 @@ Connection = psycopg.AsyncConnection[Any]
 MAX_LIST = 100
 REPEATS_WITHIN = timedelta(minutes=10)
 MAX_BATCH = 100
-OVER_LIMIT = "PT429"  # an SQLSTATE; PostgREST answers 429 for it
 
 _COLUMNS = tuple(field.name for field in fields(NewJob))
 _Item = TypeVar("_Item", JobSummary, SearchResult)
@@ -76,7 +73,7 @@ async def submit(  # noqa: PLR0913 - what a job may say
         max_attempts=max_attempts,
         idempotency_key=idempotency_key,
     )
-    with _refusals():
+    with refusals():
         await _hold_keys(conn, [job])
         return await _insert(conn, job)
 
@@ -91,13 +88,13 @@ async def submit_many(conn: Connection, jobs: Sequence[NewJob]) -> list[UUID]:
         raise InvalidInput(f"jobs: must be 1 to {MAX_BATCH}; send more in turn", field="jobs")
     try:
         async with conn.transaction():
-            with _refusals():
+            with refusals():
                 await _hold_keys(conn, jobs)
                 return await _insert_many(conn, jobs)
     except (InvalidInput, NotAllowed):
         async with conn.transaction(force_rollback=True):
             for index, job in enumerate(jobs):
-                with _refusals(f"jobs[{index}]."):
+                with refusals(f"jobs[{index}]."):
                     await _insert(conn, job)
         raise
 
@@ -138,39 +135,6 @@ async def _insert_many(conn: Connection, jobs: Sequence[NewJob]) -> list[UUID]:
     return [
         next(others) if job.idempotency_key is None else by_key[job.idempotency_key] for job in jobs
     ]
-
-
-@contextmanager
-def _refusals(where: str = "") -> Iterator[None]:
-    """Say what the database has refused, and ``where`` in the request that was."""
-    try:
-        yield
-    except psycopg.errors.CheckViolation as exc:
-        text = ". ".join(filter(None, (exc.diag.message_primary, exc.diag.message_hint)))
-        raise InvalidInput(where + text, field=where + (exc.diag.column_name or "")) from exc
-    except psycopg.errors.InsufficientPrivilege as exc:
-        raise NotAllowed(
-            f"{where}file_path: must lie in your own folder, <your user id>/…; "
-            "use the path that the upload returned"
-        ) from exc
-    except psycopg.errors.ForeignKeyViolation as exc:
-        raise NotAllowed("This token's user does not exist in auth.users.") from exc
-    except (psycopg.DataError, UnicodeEncodeError, RecursionError) as exc:
-        raise InvalidInput(
-            f"{where and where.rstrip('.') + ': '}The request holds what Postgres can't store: "
-            "a NUL character, half a surrogate pair, an infinite number, or objects nested deeply",
-            field=where.rstrip(".") or None,
-        ) from exc
-    except psycopg.ProgrammingError as exc:
-        if exc.sqlstate != OVER_LIMIT:
-            raise
-        raise _limit_reached(exc.diag) from exc
-
-
-def _limit_reached(said: psycopg.errors.Diagnostic) -> LimitReached:
-    text = ". ".join(filter(None, (said.message_primary, said.message_hint)))
-    detail = json.loads(said.message_detail or "{}")
-    return LimitReached(text, limit=said.column_name, retry_after=detail.get("retry_after", 60))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +249,7 @@ async def retry(conn: Connection, job_id: UUID) -> ProcessingJob:
 
 async def _change(conn: Connection, query: str, job_id: UUID) -> ProcessingJob:
     async with conn.cursor(row_factory=dict_row) as cursor:
-        with _refusals():
+        with refusals():
             await cursor.execute(JOBS[query], {"id": job_id})
         row = await cursor.fetchone()
     if row is None or row["id"] is None:
@@ -331,7 +295,7 @@ async def search(
     """
     try:
         async with conn.cursor(row_factory=class_row(SearchResult)) as cursor:
-            with _refusals():
+            with refusals():
                 await cursor.execute(JOBS["search"], {"q": q, **_page(limit, after)})
             return SearchPage(*_cut(await cursor.fetchall(), limit))
     except psycopg.errors.QueryCanceled as exc:

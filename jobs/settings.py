@@ -1,7 +1,7 @@
 """Every setting, read from the environment (``PGSCRIBE_…``) or ``.env`` and checked at start."""
 
 import re
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -44,6 +44,7 @@ _ORIGIN = re.compile(
 
 # Several values, separated by commas.
 Values = Annotated[tuple[str, ...], NoDecode]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode]
 
 
 class _FromEnvironment(BaseSettings):
@@ -320,6 +321,17 @@ class Settings(TokenSettings, CallSettings):
     worker_concurrency: PositiveInt = Field(
         1, description="Jobs at a time per worker; locally they share the engine processes."
     )
+    worker_light_slots: PositiveInt = Field(
+        10, description="Webhooks and maintenance tasks at a time per worker, beside its jobs."
+    )
+    webhook_networks: Networks = Field(
+        (),
+        description="Networks that webhooks may go to besides the public internet, on any port, "
+        "separated by commas, such as 10.0.0.0/8.",
+    )
+    keep_webhook_deliveries_days: PositiveInt | None = Field(
+        30, description="Days after which the log of a delivered or failed webhook is deleted."
+    )
     keep_queue_jobs_days: PositiveInt | None = Field(
         7, description="Days after which the queue job of an ended job is deleted."
     )
@@ -343,7 +355,7 @@ class Settings(TokenSettings, CallSettings):
         "again. Keep it under the 10 s after which containers are killed.",
     )
 
-    @field_validator("cors_origins", "trusted_proxies", mode="before")
+    @field_validator("cors_origins", "trusted_proxies", "webhook_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

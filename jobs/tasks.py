@@ -2,15 +2,17 @@
 
 import random
 from collections.abc import Awaitable, Callable
+from uuid import UUID
 
 import procrastinate
 from procrastinate import jobs as queue_jobs
 from procrastinate.job_context import AbortReason
 
+from jobs.deliveries import Deliverer, DeliveryPolicy
 from jobs.errors import PgscribeError
 from jobs.execution import Job
 from jobs.models import Transcript
-from jobs.queue import MAINTENANCE, QUEUE_NAME
+from jobs.queue import MAINTENANCE, QUEUE_NAME, WEBHOOKS
 from jobs.transcription import Transcriber
 
 TASK_NAME = "transcribe"
@@ -40,10 +42,11 @@ class AttemptPolicy(procrastinate.BaseRetryStrategy):
 def add_tasks(
     app: procrastinate.App,
     transcriber: Transcriber,
+    deliverer: Deliverer,
     prune: Callable[[], Awaitable[object]],
     clean_up: Callable[[], Awaitable[object]],
 ) -> None:
-    """Register the task that the database's triggers defer, and the periodic ones."""
+    """Register the tasks that the database's triggers defer, and the periodic ones."""
 
     @app.task(name=TASK_NAME, queue=QUEUE_NAME, pass_context=True, retry=AttemptPolicy())
     async def transcribe(
@@ -56,6 +59,10 @@ def add_tasks(
             context.job.attempt,
             is_cancelled=lambda: context.abort_reason() is AbortReason.USER_REQUEST,
         )
+
+    @app.task(name="deliver_webhook", queue=WEBHOOKS, retry=DeliveryPolicy())
+    async def deliver_webhook(delivery_id: str) -> None:
+        await deliverer.deliver(UUID(delivery_id))
 
     @app.periodic(cron="* * * * *")
     @app.task(

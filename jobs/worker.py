@@ -12,7 +12,9 @@ from jobs import database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
 from jobs.database import Pool
+from jobs.deliveries import Deliverer
 from jobs.fetching import Fetcher
+from jobs.outbound import Rules
 from jobs.queue import Queue
 from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
@@ -34,6 +36,7 @@ def make_app(settings: Settings) -> App:
             stall_timeout=settings.stall_timeout,
         ),
         stall_timeout=settings.stall_timeout,
+        light_slots=settings.worker_light_slots,
     )
 
 
@@ -65,6 +68,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
         tasks.add_tasks(
             app,
             Transcriber(pool, storage, compute, Limits.of(settings), fetch),
+            Deliverer(pool, settings.public_url, Rules(networks=settings.webhook_networks)),
             functools.partial(retention.prune, pool, storage, settings),
             functools.partial(_clean_up, pool, storage, compute),
         )

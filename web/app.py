@@ -33,6 +33,7 @@ from web.routes import (
     sign_in,
     transcripts,
     uploads,
+    webhooks,
 )
 from web.sessions import Sessions
 from web.sign_in import choose, refuse_other_databases
@@ -44,6 +45,7 @@ TAGS = {
     "Live": "What happens to jobs, as server-sent events.",
     "Transcripts": "What was said, as text and as subtitles.",
     "Audio": "Recordings in storage.",
+    "Webhooks": "Signed requests to you when jobs have ended, and their log.",
     "Operate": "The queue and everybody's jobs, for operators.",
     "OpenAI-compatible": "Transcriptions as OpenAI's API has them: change `base_url`, no more.",
 }
@@ -56,6 +58,7 @@ ENDPOINTS = [
     *corrections.endpoint.all,
     *resumable.endpoint.all,
     *uploads.endpoint.all,
+    *webhooks.endpoint.all,
     *operate.endpoint.all,
     *openai.endpoint.all,
 ]

@@ -5,7 +5,7 @@ An endpoint is a coroutine whose parameters say what it needs of a request:
 - ``request``: the request itself, always first;
 - ``user``: a ``Principal``, who must have the endpoint's scope;
 - ``query``, ``headers``, ``body``: a pydantic model each, read and checked;
-- any other: a part of the path, a ``UUID`` (where none can be read, no job is found) or a ``str``.
+- any other: a part of the path, a ``UUID`` (where none can be read, nothing is found) or a ``str``.
 
 SpecTree and its kind were left alone: they read a body of any size before they check it, pass by
 what is not announced as JSON, and answer errors in a form of their own.
@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from jobs.errors import InvalidInput, JobNotFound
+from jobs.errors import DeliveryNotFound, EndpointNotFound, InvalidInput, JobNotFound
 from web.auth import Principal, Scope, authenticate, require
 from web.middleware import allow_body
 
@@ -97,7 +97,7 @@ class Endpoint:
             if self.scope is not None:
                 require(arguments["user"], self.scope)
         for name in self.path_parameters:
-            arguments[name] = _path_part(request.path_params[name], self.takes[name])
+            arguments[name] = _path_part(name, request.path_params[name], self.takes[name])
         if query := self.model("query"):
             arguments["query"] = validate(query, dict(request.query_params))
         if headers := self.model("headers"):
@@ -186,13 +186,17 @@ def _usual_problems(path: str, takes: Mapping[str, Any], raw_body: object) -> fr
     return frozenset(usual)
 
 
-def _path_part(value: str, kind: type) -> UUID | str:
+#: What is not found where a part of the path is no id.
+_NOT_FOUND = {"endpoint_id": EndpointNotFound, "delivery_id": DeliveryNotFound}
+
+
+def _path_part(name: str, value: str, kind: type) -> UUID | str:
     if kind is not UUID:
         return value
     try:
         return UUID(value)
     except ValueError:
-        raise JobNotFound from None
+        raise _NOT_FOUND.get(name, JobNotFound) from None
 
 
 def parse_json(body: bytes) -> Any:

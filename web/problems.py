@@ -21,6 +21,8 @@ _STATUS: dict[type[errors.PgscribeError], HTTPStatus] = {
     errors.NotAllowed: HTTPStatus.FORBIDDEN,
     errors.JobNotFound: HTTPStatus.NOT_FOUND,
     errors.UserNotFound: HTTPStatus.NOT_FOUND,
+    errors.EndpointNotFound: HTTPStatus.NOT_FOUND,
+    errors.DeliveryNotFound: HTTPStatus.NOT_FOUND,
     errors.JobConflict: HTTPStatus.CONFLICT,
     errors.RequestInFlight: HTTPStatus.CONFLICT,
     errors.NotAcceptable: HTTPStatus.NOT_ACCEPTABLE,

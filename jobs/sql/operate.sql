@@ -55,6 +55,14 @@ select changed, more, 0 as refused, at
 select changed, more, refused, at
   from public.operator_retry_jobs(%(ids)s, %(status)s, %(owner)s, %(error_code)s, %(ended_before)s)
 
+-- operator_deliveries --
+select id, owner_id, email, endpoint_id, job_id, url, event, status, attempts, created_at, due_at, completed_at,
+       response_status, error_code, error
+  from public.operator_deliveries(%(status)s, %(owner)s, %(limit)s, %(after_at)s, %(after_id)s)
+
+-- operator_replay_deliveries --
+select public.operator_replay_deliveries(%(ids)s)
+
 -- operator_pause_queue --
 select public.operator_pause_queue()
 

@@ -1,7 +1,8 @@
 -- What is kept how long. The functions are pgscribe's, in db/migrations.
 
 -- prune --
-select pgscribe.prune(%(what)s, make_interval(days => %(days)s), %(batch)s)
+select case %(what)s when 'webhook_deliveries' then pgscribe.prune_deliveries(make_interval(days => %(days)s), %(batch)s)
+  else pgscribe.prune(%(what)s, make_interval(days => %(days)s), %(batch)s) end
 
 -- expired_audio --
 select paths, reached from pgscribe.expired_audio(make_interval(days => %(days)s), %(batch)s)

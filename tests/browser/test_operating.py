@@ -19,6 +19,9 @@ USAGE = {"calls": 2, "gpu_seconds": 30, "cpu_seconds": 5, "estimated_cost": 0.25
 def _empty(site: Site, seed: Seed) -> Iterator[None]:
     """Begin with no jobs, no workers and a queue that runs. Afterwards, close pages that poll."""
     for table in (
+        "public.webhook_attempts",
+        "public.webhook_deliveries",
+        "public.webhook_endpoints",
         "public.processing_jobs",
         "procrastinate.procrastinate_jobs",
         "procrastinate.procrastinate_workers",
@@ -272,7 +275,10 @@ def test_pausing_and_resuming_the_queue(page: Page, site: Site) -> None:
 
 
 def queue_is_paused(site: Site) -> bool:
-    row = site.conn.execute("select paused_at is not null from pgscribe.queue_settings").fetchone()
+    row = site.conn.execute(
+        "select paused_at is not null from pgscribe.queue_settings"
+        " where queue_name = 'transcription'"
+    ).fetchone()
     return row is not None and bool(row[0])
 
 
@@ -451,6 +457,71 @@ def test_all_that_match(
     answer_dialog(page, "Cancel them", about="Matching: status queued.")
     expect(page.locator(".toast").last).to_have_text("1,101 jobs cancelled")
     assert (count(site, "queued"), count(site, "cancelled")) == (0, 1101)
+
+
+def told(site: Site, owner: UUID, count: int, error: str | None = None) -> None:
+    """Have jobs of an owner's end; with an ``error``, nobody could be told."""
+    for number in range(count):
+        site.conn.execute(
+            "insert into processing_jobs (user_id, file_path) values (%s, %s)",
+            (owner, f"{owner}/{number}.mp3"),
+        )
+    site.conn.execute("update processing_jobs set cancel_requested_at = now()")
+    if error is not None:
+        site.conn.execute(
+            "select pgscribe.record_delivery(id, 0.5, 500, 'no', 'webhook_failed', %s)"
+            " from webhook_deliveries where status = 'queued'",
+            (error,),
+        )
+        site.conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'failed'"
+            " where queue_name = 'webhooks' and status = 'todo'"
+        )
+
+
+def test_webhooks_that_have_failed_are_seen_and_sent_again(
+    page: Page, site: Site, anna: tuple[UUID, str], berta: tuple[UUID, str]
+) -> None:
+    for owner in (anna, berta):
+        site.conn.execute(
+            "insert into webhook_endpoints (user_id, url) values (%s, 'https://hooks.test/x?key=1')",
+            (owner[0],),
+        )
+    told(site, anna[0], 52, "it answered with <b>HTTP</b> 500")
+    told(site, berta[0], 1)
+    operate(page)
+    assert figure(page, "To be sent").startswith("1\noldest")
+    assert figure(page, "Not delivered") == "52"
+    deliveries = page.locator("#deliveries tr")
+    expect(deliveries).to_have_count(50)
+    expect(deliveries.first).to_contain_text("job.cancelled")
+    expect(deliveries.first).to_contain_text("hooks.test")
+    expect(deliveries.first).to_contain_text(anna[1])
+    expect(deliveries.first).to_contain_text("1 attempt")
+    expect(deliveries.first).to_contain_text("it answered with <b>HTTP</b> 500")
+    expect(page.locator("#deliveries")).not_to_contain_text("key=1")
+    page.get_by_role("button", name="Show older webhooks").click()
+    expect(deliveries).to_have_count(52)
+    expect(page.get_by_role("button", name="Show older webhooks")).to_be_hidden()
+    again = page.get_by_role("button", name="Send again")
+    expect(again).to_be_disabled()
+    for number in (0, 51):
+        deliveries.nth(number).get_by_role("checkbox").check()
+    expect(page.locator("#chosen-deliveries")).to_have_text("2 chosen")
+    again.click()
+    expect(page.locator(".toast").last).to_have_text("2 webhooks sent again")
+    expect(page.locator("#webhook-figures")).to_contain_text("50")
+    assert figure(page, "To be sent").startswith("3")
+    page.get_by_label("Deliveries", exact=True).select_option("queued")
+    expect(deliveries).to_have_count(3)
+    # What its owner has disabled is not sent.
+    page.get_by_label("Deliveries", exact=True).select_option("failed")
+    expect(deliveries).to_have_count(50)
+    site.conn.execute("update webhook_endpoints set disabled_at = now()")
+    page.get_by_label("Choose all webhooks that are shown").check()
+    expect(page.locator("#chosen-deliveries")).to_have_text("50 chosen")
+    again.click()
+    expect(page.locator(".toast").last).to_contain_text("0 webhooks sent again; 50")
 
 
 def test_what_is_refused_is_said(

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import fetching
+from jobs import outbound
 from jobs.errors import UploadTooLarge, UrlRefused, UrlUnavailable
-from jobs.fetching import Address, Fetched, Rules, check_url, fetch, is_public
+from jobs.fetching import Fetched, fetch
+from jobs.outbound import Address, Rules, check_url, is_public
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +105,7 @@ def loopback_too(address: Address) -> bool:
 
 def rules(*servers: Server, names: Names | None = None, context: ssl.SSLContext | None = None,
           read_timeout: float = 5.0) -> Rules:  # fmt: skip
-    ports = fetching.PORTS | {server.port for server in servers}
+    ports = outbound.PORTS | {server.port for server in servers}
     return Rules(loopback_too, ports, names or Names(), context, read_timeout)
 
 

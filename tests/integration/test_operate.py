@@ -949,7 +949,8 @@ def test_pauses(
 ) -> None:
     def paused() -> tuple[bool, bool]:
         row = conn.execute(
-            "select (select paused_at is not null from pgscribe.queue_settings),"
+            "select (select paused_at is not null from pgscribe.queue_settings"
+            " where queue_name = 'transcription'),"
             " exists (select from pgscribe.owner_limits"
             "  where owner_id = %s and paused_at is not null)",
             (user,),
@@ -1008,9 +1009,69 @@ def test_the_guides_sql(conn: psycopg.Connection, operator: UUID, block: Block) 
     with acting_as(conn, operator):
         for statement in filter(str.strip, block.code.split(";")):
             assert len(conn.execute(statement.encode()).fetchall()) == (
-                0 if "operator_jobs" in statement else 1
+                0 if "operator_jobs" in statement or "operator_deliveries" in statement else 1
             )
     assert count(conn, "status = 'cancelled'") == (2 if "cancel" in block.code else 0)
+
+
+# Webhooks -------------------------------------------------------------------------------------
+
+
+def have_failed(conn: psycopg.Connection, owner: UUID, count: int) -> None:
+    """Have so many of an owner's webhooks fail after two attempts."""
+    insert(conn, owner, count)
+    conn.execute(
+        "select cancel_processing_job(id) from processing_jobs where user_id = %s", (owner,)
+    )
+    for _ in range(2):
+        conn.execute(
+            "select pgscribe.record_delivery(id, 0.5, 503, 'a', 'webhook_failed', 'it said 503')"
+            " from webhook_deliveries where user_id = %s",
+            (owner,),
+        )
+    conn.execute(
+        "update procrastinate.procrastinate_jobs set status = 'failed' where status = 'todo'"
+    )
+
+
+def test_webhooks_are_counted_listed_by_page_and_sent_again(
+    api: TestClient, conn: psycopg.Connection, operator: UUID, token: Callable[[UUID], Headers],
+    make_user: MakeUser,
+) -> None:  # fmt: skip
+    first, second = make_user(), make_user()
+    api.headers.update(token(operator))
+    for owner in (first, second):
+        conn.execute(
+            "insert into webhook_endpoints (user_id, url) values (%s, 'https://h.test:8443/x?key=1')",
+            (owner,),
+        )
+    have_failed(conn, first, 3)
+    have_failed(conn, second, 2)
+    insert(conn, second, 1)
+    conn.execute("select cancel_processing_job(id) from processing_jobs")
+    counted = api.get("/operate/overview").json()["webhooks"]
+    assert counted.pop("oldest_queued_seconds") >= 0
+    assert counted == {
+        "queued": 1, "waiting": 0, "sending": 0, "delivered": 0, "failed": 5,
+        "seconds": {"p50": None, "p95": None}, "disabled_endpoints": 0,
+    }  # fmt: skip
+    page = api.get("/operate/webhooks/deliveries?limit=3").json()
+    more = api.get("/operate/webhooks/deliveries", params={"cursor": page["next_cursor"]}).json()
+    found = page["deliveries"] + more["deliveries"]
+    assert (len(page["deliveries"]), more["next_cursor"]) == (3, None)
+    assert [one["owner_id"] for one in found] == [str(second)] * 2 + [str(first)] * 3
+    assert {(one["url"], one["attempts"], one["response_status"]) for one in found} == {
+        ("https://h.test:8443", 2, 503)
+    }
+    assert "payload" not in found[0]
+    assert len(api.get(f"/operate/webhooks/deliveries?owner={first}").json()["deliveries"]) == 3
+    assert len(api.get("/operate/webhooks/deliveries?status=queued").json()["deliveries"]) == 1
+    assert api.get("/operate/webhooks/deliveries?status=delivered").status_code == 422
+    ids = [one["id"] for one in found] + [str(uuid4())]
+    conn.execute("update webhook_endpoints set disabled_at = now() where user_id = %s", (first,))
+    assert api.post("/operate/webhooks/replay", json={"ids": ids}).json() == {"replayed": 2}
+    assert api.post("/operate/webhooks/replay", json={"ids": ids}).json() == {"replayed": 0}
+    assert api.get("/operate/overview").json()["webhooks"]["queued"] == 3
 
 
 # On the command line ---------------------------------------------------------------------------

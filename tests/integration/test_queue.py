@@ -17,6 +17,10 @@ from jobs.settings import Settings
 pytestmark = pytest.mark.anyio
 
 RESULT: dict[str, Any] = {"text": "hello", "segments": []}
+PRUNE = (
+    "insert into procrastinate.procrastinate_jobs (queue_name, task_name)"
+    " values ('maintenance', 'prune')"
+)
 
 
 @pytest.fixture
@@ -279,16 +283,40 @@ async def test_a_beat_names_the_jobs_that_are_to_stop(
     assert beat.abort == {job.queue_job_id}
 
 
-async def test_retention_runs_while_transcriptions_take_all_slots(
+async def test_light_jobs_and_transcriptions_have_slots_of_their_own(
     queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
 ) -> None:
     insert(conn, user, 10)
+    for _ in range(3):
+        conn.execute(PRUNE)
+    for wanted, light, tasks in (
+        (0, 1, ["prune"]),
+        (2, 0, ["transcribe"] * 2),
+        (3, 5, ["transcribe"] * 3 + ["prune"] * 2),
+    ):
+        turn = await queue.turn(worker, [], wanted, None, light=light)
+        assert [job.task_name for job in turn.jobs] == tasks
+
+
+async def test_a_worker_of_the_version_before_runs_maintenance_beside_its_jobs(
+    worker: int, conn: psycopg.Connection, user: UUID
+) -> None:
+    """It knows of no slots for it, and of no webhooks."""
+    insert(conn, user, 3)
+    for _ in range(2):
+        conn.execute(PRUNE)
+    conn.execute("select create_webhook_endpoint('https://example.org', user_id => %s)", (user,))
     conn.execute(
-        "insert into procrastinate.procrastinate_jobs (queue_name, task_name)"
-        " values ('maintenance', 'prune')"
+        "update processing_jobs set cancel_requested_at = now() where id ="
+        " (select id from processing_jobs limit 1)"
     )
-    jobs = await claim(queue, worker, 2)
-    assert {job.task_name for job in jobs} == {"transcribe", "prune"}
+    turn = "select jobs, others, due from pgscribe.turn(%s, null, %s, false, %s, 3, null)"
+    names = []
+    for wanted in (1, 1, 1, 0):
+        row = conn.execute(turn, (worker, wanted, ["maintenance"])).fetchone()
+        assert row is not None
+        names.append([job["task_name"] for jobs in row[:2] for job in jobs or ()])
+    assert names == [["transcribe", "prune"], ["transcribe", "prune"], [], []]
 
 
 async def test_a_deleted_job_stops_and_leaves_nothing_behind(
@@ -412,11 +440,11 @@ async def test_queue_jobs_of_another_kind_run_in_procrastinates_order(
         " values ('maintenance', 'a', '[1]', 0, null), ('maintenance', 'b', '{\"x\": 1}', 5, 'l'),"
         " ('maintenance', 'c', '{}', 4, 'l'), ('unknown', 'd', '{}', 9, null)"
     )
-    turn = await queue.turn(worker, [], 5, None)
+    turn = await queue.turn(worker, [], 0, None, light=5)
     assert [(job.task_name, job.args) for job in turn.jobs] == [("b", {"x": 1}), ("a", {})]
     b, a = turn.jobs
     ends = [b.end("succeeded"), a.end("retry", retry_after=0.0)]
-    turn = await queue.turn(worker, ends, 5, None)
+    turn = await queue.turn(worker, ends, 0, None, light=5)
     assert [job.task_name for job in turn.jobs] == ["c", "a"]
     late = await queue.turn(worker + 1, [turn.jobs[1].end("succeeded")], 0, None)
     assert late.jobs == []

@@ -148,5 +148,6 @@ async def test_nothing_is_deleted_by_default_but_queue_jobs(
     conn: psycopg.Connection, user: UUID, pool: Pool, storage: LocalStorage, settings: Settings
 ) -> None:
     add_job(conn, user, "failed", 4000)
-    assert await retention.prune(pool, storage, settings) == {"queue_jobs": 1}
+    pruned = await retention.prune(pool, storage, settings)
+    assert pruned == {"queue_jobs": 1, "webhook_deliveries": 0}
     assert statuses(conn) == ["failed"]

@@ -53,6 +53,25 @@ class Site:
         job_id: UUID = row[0]
         return job_id
 
+    def new_endpoint(self) -> UUID:
+        """Make an endpoint of the owner's, their only one."""
+        self.conn.execute("delete from webhook_endpoints where user_id = %s", (self.owner,))
+        row = self.conn.execute(
+            "insert into webhook_endpoints (user_id, url) values (%s, 'https://example.org')"
+            " returning id",
+            (self.owner,),
+        ).fetchone()
+        assert row is not None
+        endpoint: UUID = row[0]
+        return endpoint
+
+    def delivery(self, endpoint: UUID) -> UUID:
+        """Return the endpoint's only delivery."""
+        query = "select id from webhook_deliveries where endpoint_id = %s"
+        ((delivery,),) = self.conn.execute(query, (endpoint,)).fetchall()
+        assert isinstance(delivery, UUID)
+        return delivery
+
     def token(self, user: UUID, **claims: Any) -> dict[str, str]:
         """Return the header with a token of a user's, as changed by ``claims``."""
         signed = issue_token(self.settings, user, lifetime=600)
@@ -120,7 +139,12 @@ class Ask:
 
 def asks(site: Site) -> dict[tuple[str, str], Ask]:
     """Return a request for each route that asks who one is."""
+    endpoint = site.new_endpoint()
     job = f"/jobs/{site.new_job()}"
+    hook = f"/webhooks/endpoints/{endpoint}"
+    delivery = f"/webhooks/deliveries/{site.delivery(endpoint)}"
+    secret: dict[str, Any] = {"json": {}}
+    hear, hook_up = Scope.WEBHOOKS_READ, Scope.WEBHOOKS_WRITE
     submission = {"filePath": f"{site.owner}/a.mp3"}
     file = {"files": {"file": ("a.mp3", b"sound")}, "data": {"model": "whisper-1"}}
     read, write = Scope.JOBS_READ, Scope.JOBS_WRITE
@@ -136,10 +160,36 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
         ("GET", "/operate/jobs"): operate("/operate/jobs", 200),
         ("POST", "/operate/jobs/cancel"): operate("/operate/jobs/cancel", 200, chosen),
         ("POST", "/operate/jobs/retry"): operate("/operate/jobs/retry", 200, chosen),
+        ("GET", "/operate/webhooks/deliveries"): operate("/operate/webhooks/deliveries", 200),
+        ("POST", "/operate/webhooks/replay"): operate(
+            "/operate/webhooks/replay", 200, {"json": {"ids": [str(uuid4())]}}
+        ),
         ("POST", "/operate/queue/pause"): operate("/operate/queue/pause", 204),
         ("POST", "/operate/queue/resume"): operate("/operate/queue/resume", 204),
         ("POST", "/operate/owners/{owner_id}/pause"): operate(f"{owner}/pause", 204),
         ("POST", "/operate/owners/{owner_id}/resume"): operate(f"{owner}/resume", 204),
+        ("GET", "/webhooks/endpoints"): Ask("/webhooks/endpoints", 200, 200, hear),
+        ("POST", "/webhooks/endpoints"): Ask(
+            "/webhooks/endpoints", 201, 201, hook_up, {"json": {"url": "https://example.org"}}
+        ),
+        ("GET", "/webhooks/endpoints/{endpoint_id}"): Ask(hook, 200, 404, hear),
+        ("PATCH", "/webhooks/endpoints/{endpoint_id}"): Ask(
+            hook, 200, 404, hook_up, {"json": {"description": "mine"}}
+        ),
+        ("DELETE", "/webhooks/endpoints/{endpoint_id}"): Ask(hook, 204, 404, hook_up),
+        ("POST", "/webhooks/endpoints/{endpoint_id}/secret"): Ask(
+            f"{hook}/secret", 200, 404, hook_up, secret
+        ),
+        ("POST", "/webhooks/endpoints/{endpoint_id}/test"): Ask(f"{hook}/test", 200, 404, hook_up),
+        ("POST", "/webhooks/secret"): Ask("/webhooks/secret", 200, 200, hook_up, secret),
+        ("GET", "/webhooks/deliveries"): Ask("/webhooks/deliveries", 200, 200, hear),
+        ("GET", "/webhooks/deliveries/{delivery_id}"): Ask(delivery, 200, 404, hear),
+        ("POST", "/webhooks/deliveries/{delivery_id}/replay"): Ask(
+            f"{delivery}/replay", 200, 404, hook_up
+        ),
+        ("POST", "/webhooks/replay"): Ask(
+            "/webhooks/replay", 200, 200, hook_up, {"json": {"since": "2026-01-01T00:00:00Z"}}
+        ),
         ("GET", "/jobs/events"): Ask("/jobs/events", 200, 200, read),
         ("GET", "/jobs/{job_id}/events"): Ask(f"{job}/events", 200, 404, read),
         ("POST", "/process"): Ask("/process", 202, 403, write, {"json": submission}),

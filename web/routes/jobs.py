@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from jobs import models, service
 from jobs.database import as_user
 from jobs.errors import InvalidInput
-from jobs.fetching import check_url
 from jobs.models import JobStatus, JobSummary, ProcessingJob
+from jobs.outbound import check_url
 from modal_functions.transcript import INITIAL_PROMPT_MAX, MODEL_NAME, MODEL_NAME_MAX, TASKS
 from web.auth import require
 from web.endpoints import Answer, Endpoints, Principal, Scope

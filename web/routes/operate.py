@@ -83,6 +83,38 @@ class OperatorJobList(BaseModel):
     next_cursor: str | None = Field(description="For the next page; null on the last.")
 
 
+class DeliveriesQuery(BaseModel):
+    """Which deliveries of webhooks to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: operate.OpenStatus = "failed"
+    owner: UUID | None = None
+    limit: int = Field(50, ge=1, le=MAX_LIST)
+    cursor: str | None = Field(None, max_length=200, description="`next_cursor` of the last page.")
+
+
+class OperatorDeliveryList(BaseModel):
+    """The newest deliveries first."""
+
+    deliveries: list[operate.OperatorDelivery]
+    next_cursor: str | None = Field(description="For the next page; null on the last.")
+
+
+class DeliverySelection(BaseModel):
+    """Which deliveries to send again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: list[UUID] = Field(min_length=1, max_length=operate.MAX_CHANGED)
+
+
+class Replayed(BaseModel):
+    """How many deliveries are sent again."""
+
+    replayed: int
+
+
 class Selection(BaseModel):
     """Which jobs to change: `ids` or `filter`."""
 
@@ -196,6 +228,42 @@ async def _change_jobs(
     which = jobs.values() if isinstance(jobs, operate.JobFilter) else {"ids": len(jobs)}
     _log(user, f"{action}_jobs", **which, **changed.model_dump(exclude={"at"}))
     return as_json(changed)
+
+
+@endpoint(
+    "GET",
+    "/operate/webhooks/deliveries",
+    scope=Scope.OPERATE,
+    answers={OK: Answer("Deliveries of all owners", OperatorDeliveryList)},
+)
+async def operator_deliveries(
+    request: Request, user: Principal, query: DeliveriesQuery
+) -> Response:
+    """List everybody's webhooks that have failed, wait or are being sent, the newest first."""
+    after = read_cursor(query.cursor)
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        found, following = await operate.list_deliveries(
+            conn, query.status, owner=query.owner, limit=query.limit, after=after
+        )
+    return as_json(OperatorDeliveryList(deliveries=found, next_cursor=write_cursor(following)))
+
+
+@endpoint(
+    "POST",
+    "/operate/webhooks/replay",
+    scope=Scope.OPERATE,
+    answers={OK: Answer("So many", Replayed)},
+    max_body=MAX_CHANGE_BODY,
+)
+async def replay_deliveries(request: Request, user: Principal, body: DeliverySelection) -> Response:
+    """Send webhooks again, with the same ids: up to 1,000 at a time.
+
+    Those that wait, or whose endpoint is disabled, are left as they are.
+    """
+    async with as_user(request.app.state.pool, user.claims) as conn:
+        count = await operate.replay_deliveries(conn, body.ids)
+    _log(user, "replay_deliveries", ids=len(body.ids), replayed=count)
+    return as_json(Replayed(replayed=count))
 
 
 @endpoint("POST", "/operate/queue/pause", scope=Scope.OPERATE, answers=_DONE)

@@ -6,6 +6,7 @@ import { confirmed } from "./confirming.js";
 import { byId, h, update } from "./dom.js";
 import { ago, dateAndTime, dollars, fileName, number, percent, plural, span } from "./format.js";
 import { AllJobs } from "./operate-jobs.js";
+import { Deliveries } from "./operate-webhooks.js";
 import { toast } from "./toasts.js";
 
 const EVERY = 5000; // milliseconds
@@ -15,6 +16,7 @@ let timer = null;
 let asked = 0;
 const drawn = new Map();
 const jobs = new AllJobs(() => refresh());
+new Deliveries(() => refresh());
 
 async function refresh() {
   clearTimeout(timer);
@@ -40,6 +42,7 @@ async function refresh() {
 function show() {
   showQueue();
   showFigures();
+  showWebhooks();
   showThroughput();
   showCosts();
   rows("workers", overview.workers.map(worker), "No worker is running. Start one with pgscribe worker.", 4);
@@ -59,11 +62,23 @@ function showQueue() {
   byId("paused").textContent = paused ? `The queue has been paused since ${dateAndTime(paused)}: no job starts, running ones go on.` : "";
 }
 
+const figure = (name, value, more = "") => h("div", { class: "card figure" }, h("dt", {}, name), h("dd", {}, value, more && [" ", h("small", {}, more)]));
+const both = ({ p50, p95 }) => [span(p50), p95 === null ? "" : `95 % within ${span(p95)}`];
+
+function showWebhooks() {
+  const { queued, waiting, sending, delivered, failed, seconds, oldest_queued_seconds: oldest, disabled_endpoints: disabled } = overview.webhooks;
+  update(byId("webhook-figures"), [
+    figure("To be sent", number(queued + sending), oldest === null ? "" : `oldest ${span(oldest)}`),
+    figure("To be tried again", number(waiting)),
+    figure("Delivered", number(delivered)),
+    figure("Not delivered", number(failed), disabled ? `${plural(disabled, "endpoint")} disabled` : ""),
+    figure("Told within", ...both(seconds)),
+  ]);
+}
+
 function showFigures() {
   const { queue, ended, times } = overview;
   const { queued, scheduled, processing } = queue.states;
-  const figure = (name, value, more = "") => h("div", { class: "card figure" }, h("dt", {}, name), h("dd", {}, value, more && [" ", h("small", {}, more)]));
-  const both = ({ p50, p95 }) => [span(p50), p95 === null ? "" : `95 % within ${span(p95)}`];
   const alive = overview.workers.filter((one) => one.alive).length;
   const silent = overview.workers.length - alive;
   const ended_count = ended.completed + ended.failed;

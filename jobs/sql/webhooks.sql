@@ -1,0 +1,61 @@
+-- Webhooks: deliveries as a worker makes them, then what owners see and change. The functions are pgscribe's, in
+-- db/migrations.
+
+-- begin_delivery --
+select pgscribe.begin_delivery(%(delivery)s)
+
+-- record_delivery --
+select pgscribe.record_delivery(
+  %(delivery)s, %(seconds)s, %(status)s, %(excerpt)s, %(error_code)s, %(error)s)
+
+-- refuse_delivery --
+select pgscribe.refuse_delivery(%(delivery)s, %(error_code)s, %(error)s)
+
+-- list_endpoints --
+select id, url, events, description, created_at, updated_at, disabled_at, disabled_reason
+  from public.webhook_endpoints
+ where user_id = auth.uid() and (%(id)s::uuid is null or id = %(id)s)
+ order by created_at, id
+
+-- create_endpoint --
+select public.create_webhook_endpoint(%(url)s, %(events)s, %(description)s)
+
+-- update_endpoint --
+update public.webhook_endpoints set
+    url = coalesce(%(url)s, url), events = coalesce(%(events)s, events),
+    description = case when %(sets_description)s then %(description)s else description end,
+    disabled_at = case %(enabled)s::boolean when true then null when false then now() else disabled_at end
+ where id = %(id)s and user_id = auth.uid()
+
+-- delete_endpoint --
+delete from public.webhook_endpoints where id = %(id)s and user_id = auth.uid()
+
+-- rotate_secret --
+select public.rotate_webhook_secret(%(id)s, make_interval(secs => %(keep)s))
+
+-- send_test --
+select id from public.send_test_webhook(%(id)s)
+
+-- list_deliveries --
+select id, endpoint_id, job_id, url, event, status, attempts, created_at, due_at, completed_at, response_status, error_code, error
+  from public.webhook_deliveries
+ where user_id = auth.uid()
+   and (%(endpoint)s::uuid is null or endpoint_id = %(endpoint)s) and (%(job)s::uuid is null or job_id = %(job)s)
+   and (%(status)s::text is null or status = %(status)s)
+   and (%(after_id)s::uuid is null or (created_at, id) < (%(after_at)s, %(after_id)s))
+ order by created_at desc, id desc
+ limit %(limit)s
+
+-- get_delivery --
+select d.id, d.endpoint_id, d.job_id, d.url, d.event, d.status, d.attempts, d.created_at, d.due_at, d.completed_at,
+       d.response_status, d.error_code, d.error, d.payload,
+       coalesce((select jsonb_agg(to_jsonb(a) - 'delivery_id' order by a.attempt) from public.webhook_attempts a
+                  where a.delivery_id = d.id), '[]') as log
+  from public.webhook_deliveries d
+ where d.id = %(id)s and d.user_id = auth.uid()
+
+-- replay_delivery --
+select id from public.replay_webhook_delivery(%(id)s)
+
+-- replay_deliveries --
+select public.replay_webhook_deliveries(%(since)s, %(until)s, %(endpoint)s, %(status)s)
