@@ -2,46 +2,25 @@
 
 import json
 import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import click
 
 from jobs import __version__
+from jobs.cli_webhooks import webhooks
+from jobs.commands import database, duration, friendly
 from jobs.errors import PgscribeError
 from jobs.scopes import USUAL_SCOPES, Scope
 
-if TYPE_CHECKING:
-    import psycopg
-
 HOME = Path(".pgscribe")
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show known errors as one plain message, without a stack."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except PgscribeError as exc:
-            raise click.ClickException(str(exc)) from exc
-        except Exception as exc:
-            psycopg = sys.modules.get("psycopg")  # imported only by what uses the database
-            if psycopg is None or not isinstance(exc, psycopg.OperationalError):
-                raise
-            raise click.ClickException(f"The database is out of reach: {exc}") from exc
-
-    return wrapped
 
 
 def _setup_logging() -> None:
@@ -91,7 +70,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--port", default=8000, show_default=True, help="Another one if it is taken.")
-@_friendly
+@friendly
 def dev(port: int) -> None:
     """Run everything on this machine and stay up until Ctrl-C.
 
@@ -135,7 +114,7 @@ def _sign_in(email: str, password: str | None) -> str:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
 @stop_with_stdin
-@_friendly
+@friendly
 def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     """Serve the REST API and the web app."""
     import asyncio
@@ -163,7 +142,7 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     "--concurrency", type=click.IntRange(1), help="Jobs at a time [PGSCRIBE_WORKER_CONCURRENCY]."
 )
 @stop_with_stdin
-@_friendly
+@friendly
 def worker(*, concurrency: int | None, stop_with_stdin: bool) -> None:
     """Run jobs as they come in, woken by LISTEN/NOTIFY.
 
@@ -190,7 +169,7 @@ def worker(*, concurrency: int | None, stop_with_stdin: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Write the files for `supabase db push`, usually to supabase/migrations.",
 )
-@_friendly
+@friendly
 def migrate(*, status: bool, export: Path | None) -> None:
     """Bring the database up to date: procrastinate's migrations, then pgscribe's.
 
@@ -219,7 +198,7 @@ def migrate(*, status: bool, export: Path | None) -> None:
 @main.command()
 @click.option("--check", is_flag=True, help="Deploy nothing; exit status 1 unless all is in place.")
 @click.option("--environment", metavar="NAME", help="Of Modal's [MODAL_ENVIRONMENT].")
-@_friendly
+@friendly
 def deploy(*, check: bool, environment: str | None) -> None:
     """Put the functions that workers call on Modal, and see that they are what is called.
 
@@ -260,7 +239,7 @@ def _modal() -> Iterator[None]:
 
 @main.command("setup-storage")
 @click.option("--check", is_flag=True, help="Change nothing; exit status 1 unless all is in place.")
-@_friendly
+@friendly
 def setup_storage(*, check: bool) -> None:
     """Make the bucket for audio in Supabase Storage, with its policies, and try it.
 
@@ -296,7 +275,7 @@ def _options(**options: Any) -> dict[str, Any]:
     default="text",
     show_default=True,
 )
-@_friendly
+@friendly
 def transcribe(  # noqa: PLR0913 - one argument per option
     *,
     files: tuple[Path, ...],
@@ -350,7 +329,7 @@ def transcribe(  # noqa: PLR0913 - one argument per option
 @click.argument("job_id", required=False, type=click.UUID)
 @click.option("--status", help="Only jobs with this status.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000))
-@_friendly
+@friendly
 def show_jobs(*, job_id: UUID | None, status: str | None, limit: int) -> None:
     """List every owner's newest jobs, or show one as JSON (for operators: uses the database)."""
     import asyncio
@@ -420,7 +399,7 @@ def _change_jobs(change: str, job_ids: tuple[UUID, ...]) -> None:
 
 @main.command()
 @click.argument("job_ids", nargs=-1, required=True, type=click.UUID)
-@_friendly
+@friendly
 def cancel(job_ids: tuple[UUID, ...]) -> None:
     """Cancel jobs of any owner: at once while they wait, within seconds while they run."""
     _change_jobs("cancel", job_ids)
@@ -428,7 +407,7 @@ def cancel(job_ids: tuple[UUID, ...]) -> None:
 
 @main.command()
 @click.argument("job_ids", nargs=-1, required=True, type=click.UUID)
-@_friendly
+@friendly
 def retry(job_ids: tuple[UUID, ...]) -> None:
     """Run failed or cancelled jobs again, with all their attempts."""
     _change_jobs("retry", job_ids)
@@ -437,7 +416,7 @@ def retry(job_ids: tuple[UUID, ...]) -> None:
 @main.command()
 @click.option("--owner", "owners", multiple=True, type=click.UUID, help="Only this owner's jobs.")
 @click.option("--queue", default="transcription", show_default=True)
-@_friendly
+@friendly
 def pause(*, owners: tuple[UUID, ...], queue: str) -> None:
     """Start no more jobs of a queue or of an owner; running ones go on."""
     _pause_or_resume("pause", owners, queue)
@@ -446,7 +425,7 @@ def pause(*, owners: tuple[UUID, ...], queue: str) -> None:
 @main.command()
 @click.option("--owner", "owners", multiple=True, type=click.UUID, help="Only this owner's jobs.")
 @click.option("--queue", default="transcription", show_default=True)
-@_friendly
+@friendly
 def resume(*, owners: tuple[UUID, ...], queue: str) -> None:
     """Start jobs of a paused queue or owner again."""
     _pause_or_resume("resume", owners, queue)
@@ -474,7 +453,7 @@ def _pause_or_resume(change: str, owners: tuple[UUID, ...], queue: str) -> None:
 )
 @click.option("--max-file-bytes", type=click.IntRange(0), help="Of one recording.")
 @click.option("--max-duration", type=click.FloatRange(0), help="Seconds of one recording.")
-@_friendly
+@friendly
 def limit(*, owner: UUID | None, everybody: bool, weight: float | None, **values: Any) -> None:
     r"""Set all limits of an OWNER, or with --default those of owners who have none of their own.
 
@@ -496,10 +475,10 @@ def limit(*, owner: UUID | None, everybody: bool, weight: float | None, **values
 def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
     if value is None:
         return None
-    match = re.fullmatch(r"([1-9]\d{0,4})([hd])", value)
-    if match is None:
+    lifetime = duration(value)
+    if not lifetime:
         raise click.BadParameter("give hours or days, such as 12h or 90d")
-    return timedelta(**{{"h": "hours", "d": "days"}[match[2]]: int(match[1])})
+    return lifetime
 
 
 @main.group()
@@ -528,7 +507,7 @@ def keys() -> None:
 @click.option(
     "--requests-per-minute", type=click.IntRange(1), help="[default: PGSCRIBE_RATE_LIMIT]"
 )
-@_friendly
+@friendly
 def create_key(  # noqa: PLR0913 - one argument per option
     *,
     name: str,
@@ -543,7 +522,7 @@ def create_key(  # noqa: PLR0913 - one argument per option
         raise click.UsageError("Give either --user or --any-user.")
     from jobs import keys as api_keys
 
-    with _database() as conn:
+    with database() as conn:
         stored, key = api_keys.create(
             conn,
             name,
@@ -558,12 +537,12 @@ def create_key(  # noqa: PLR0913 - one argument per option
 
 
 @keys.command("list")
-@_friendly
+@friendly
 def list_keys() -> None:
     """List all keys, oldest first, with when each was last used."""
     from jobs import keys as api_keys
 
-    with _database() as conn:
+    with database() as conn:
         for key in api_keys.list_all(conn):
             used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
             whose = key.user_id or "any user"
@@ -576,12 +555,12 @@ def list_keys() -> None:
 
 @keys.command("revoke")
 @click.argument("key_ids", nargs=-1, required=True, type=click.UUID)
-@_friendly
+@friendly
 def revoke_keys(key_ids: tuple[UUID, ...]) -> None:
     """Refuse keys from now on, by their ids, on all servers at once."""
     from jobs import keys as api_keys
 
-    with _database() as conn:
+    with database() as conn:
         for key_id in key_ids:
             api_keys.revoke(conn, key_id)
             click.echo(f"{key_id}  revoked")
@@ -600,23 +579,23 @@ def operators() -> None:
 
 @operators.command("add")
 @click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
-@_friendly
+@friendly
 def add_operators(users: tuple[str, ...]) -> None:
     """Make users operators, from their next request on."""
     from jobs import operate
 
-    with _database() as conn:
+    with database() as conn:
         for user in users:
             click.echo(f"{operate.add(conn, user)}  is an operator")
 
 
 @operators.command("list")
-@_friendly
+@friendly
 def list_operators() -> None:
     """List all operators, in the order in which they were added."""
     from jobs import operate
 
-    with _database() as conn:
+    with database() as conn:
         for operator in operate.list_all(conn):
             email = operator.email or "(no e-mail address)"
             click.echo(f"{operator.user_id}  since {operator.added_at:%Y-%m-%d}  {email}")
@@ -624,25 +603,17 @@ def list_operators() -> None:
 
 @operators.command("remove")
 @click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
-@_friendly
+@friendly
 def remove_operators(users: tuple[str, ...]) -> None:
     """Make users operators no more, from their next request on."""
     from jobs import operate
 
-    with _database() as conn:
+    with database() as conn:
         for user in users:
             click.echo(f"{operate.remove(conn, user)}  is no operator")
 
 
-@contextmanager
-def _database() -> "Iterator[psycopg.Connection[Any]]":
-    import psycopg
-
-    from jobs.settings import Settings
-
-    url = Settings.load().database_url.get_secret_value()
-    with psycopg.connect(url, prepare_threshold=None, autocommit=True) as conn:
-        yield conn
+main.add_command(webhooks)
 
 
 @main.command()
@@ -650,7 +621,7 @@ def _database() -> "Iterator[psycopg.Connection[Any]]":
 @click.option(
     "--lifetime", default=3600, show_default=True, type=click.IntRange(1), help="Seconds."
 )
-@_friendly
+@friendly
 def token(user_id: UUID, lifetime: int) -> None:
     r"""Print a token for a user, signed with PGSCRIBE_JWT_SECRET.
 

@@ -68,8 +68,13 @@ def lines(transcript: Transcript) -> Iterator[str]:
         yield f"[{timestamp(segment.start)} - {timestamp(segment.end)}]  {segment.text.strip()}"
 
 
+def age(at: datetime) -> str:
+    """Return how long ago that was, to the second."""
+    return str(datetime.now(UTC) - at).split(".", maxsplit=1)[0]
+
+
 def summary(job: JobSummary) -> str:
     """Return a job as one line."""
-    age = str(datetime.now(UTC) - job.created_at).split(".", maxsplit=1)[0]
-    line = f"{job.id}  {job.status:<10} {job.progress:4.0%}  {age:>8} ago  {job.file_path}"
+    ago = age(job.created_at)
+    line = f"{job.id}  {job.status:<10} {job.progress:4.0%}  {ago:>8} ago  {job.file_path}"
     return f"{line}  {job.error_code}: {job.error}" if job.error else line

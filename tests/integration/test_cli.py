@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from db import migrate
 from jobs import __version__
 from jobs.cli import main
+from jobs.cli_webhooks import webhooks
 from jobs.settings import Settings
 
 Run = Callable[..., Result]
@@ -37,7 +38,9 @@ def configured(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return settings
 
 
-@pytest.mark.parametrize("name", ["", *main.commands])
+@pytest.mark.parametrize(
+    "name", ["", *main.commands, *(f"webhooks {name}" for name in webhooks.commands)]
+)
 def test_help_teaches(pgscribe: Run, name: str) -> None:
     result = pgscribe(*name.split(), "--help")
     assert result.exit_code == 0
@@ -45,7 +48,9 @@ def test_help_teaches(pgscribe: Run, name: str) -> None:
     assert len(result.output.splitlines()) > 5
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["deploy", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["deploy", "--help"], ["webhooks", "--help"]]
+)
 def test_help_and_version_start_nothing_heavy(arguments: list[str]) -> None:
     code = (
         f"import sys; from jobs.cli import main; main({arguments}, standalone_mode=False);"
