@@ -16,6 +16,8 @@ import pytest
 
 from db.embedded import EmbeddedPostgres
 from jobs.dev import USER_ID
+from tests.receiver import receiving
+from tests.streams import until
 
 PGSCRIBE = [sys.executable, "-m", "jobs.cli"]
 
@@ -124,6 +126,38 @@ def test_dev_prints_what_signs_in_to_the_web_app(folder: Path, printed: dict[str
     # Commands of other processes in this folder do not get it with their settings.
     assert printed["password"] not in (folder / ".pgscribe" / "dev.env").read_text()
     assert not any(printed["password"] in command for command in processes_in(folder))
+
+
+def webhooks(folder: Path, *arguments: str) -> str:
+    """Return what a command prints about the webhooks of a running environment."""
+    command = [*PGSCRIBE, "webhooks", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.usefixtures("dev")
+def test_dev_lets_webhooks_reach_this_machine(folder: Path) -> None:
+    with receiving() as receiver:
+        url = f"http://localhost:{receiver.port}/hook"
+        secret = webhooks(folder, "create", url, "--user", str(USER_ID))
+        delivery = webhooks(folder, "test", webhooks(folder, "endpoints").split()[0])
+        (request,) = receiver.expect(1)
+    assert (request.verified(secret)["type"], request.id) == ("webhook.test", delivery)
+
+
+@pytest.fixture
+def _said_otherwise(folder: Path) -> None:
+    (folder / ".env").write_text("PGSCRIBE_WEBHOOK_NETWORKS=10.0.0.0/8\n")
+
+
+@pytest.mark.usefixtures("_said_otherwise", "dev")
+def test_dev_leaves_alone_where_webhooks_may_go_if_somebody_has_said(folder: Path) -> None:
+    with receiving() as receiver:
+        webhooks(folder, "create", receiver.url, "--user", str(USER_ID))
+        delivery = webhooks(folder, "test", webhooks(folder, "endpoints").split()[0])
+        until(lambda: webhooks(folder, "deliveries", "--status", "failed"), "it has failed")
+    assert json.loads(webhooks(folder, "show", delivery))["error_code"] == "url_refused"
+    assert receiver.requests == []
 
 
 def test_nothing_outlives_a_killed_dev_and_the_next_one_starts(
