@@ -51,7 +51,7 @@ stop_with_stdin = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="pgscribe")
 def main() -> None:
-    r"""Transcription jobs in the Postgres you already have.
+    """Transcription jobs in the Postgres you already have.
 
     \b
     Try it, with nothing but this machine:
@@ -286,7 +286,7 @@ def transcribe(  # noqa: PLR0913 - one argument per option
     initial_prompt: str | None,
     output: str,
 ) -> None:
-    r"""Upload FILES to a pgscribe server, wait and print their transcripts.
+    """Upload FILES to a pgscribe server, wait and print their transcripts.
 
     \b
     The server is the one that runs with `pgscribe dev` in this folder, or PGSCRIBE_URL with
@@ -455,7 +455,7 @@ def _pause_or_resume(change: str, owners: tuple[UUID, ...], queue: str) -> None:
 @click.option("--max-duration", type=click.FloatRange(0), help="Seconds of one recording.")
 @friendly
 def limit(*, owner: UUID | None, everybody: bool, weight: float | None, **values: Any) -> None:
-    r"""Set all limits of an OWNER, or with --default those of owners who have none of their own.
+    """Set all limits of an OWNER, or with --default those of owners who have none of their own.
 
     \b
     What is not given is as --default has it; there, as shown in brackets, or without a limit.
@@ -483,7 +483,7 @@ def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timed
 
 @main.group()
 def keys() -> None:
-    r"""Make, list and revoke API keys, with which services use the REST API.
+    """Make, list and revoke API keys, with which services use the REST API.
 
     \b
       pgscribe keys create nightly-import --user $USER_ID --scope jobs:write --expires 90d
@@ -568,7 +568,7 @@ def revoke_keys(key_ids: tuple[UUID, ...]) -> None:
 
 @main.group()
 def operators() -> None:
-    r"""Say who is an operator: sees the queue and everybody's jobs, may pause, cancel and retry.
+    """Say who is an operator: sees the queue and everybody's jobs, may pause, cancel and retry.
 
     \b
     What was said in the recordings of others they don't see. See docs/operate.md.
@@ -623,7 +623,7 @@ main.add_command(webhooks)
 )
 @friendly
 def token(user_id: UUID, lifetime: int) -> None:
-    r"""Print a token for a user, signed with PGSCRIBE_JWT_SECRET.
+    """Print a token for a user, signed with PGSCRIBE_JWT_SECRET.
 
     \b
       curl -H "Authorization: Bearer $(pgscribe token --user $USER_ID)" localhost:8000/jobs

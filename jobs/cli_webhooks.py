@@ -25,7 +25,7 @@ _ids = click.argument("endpoint_ids", nargs=-1, required=True, type=click.UUID)
 
 @click.group()
 def webhooks() -> None:
-    r"""Tell receivers that jobs have ended: endpoints, secrets, and the log of what was sent.
+    """Tell receivers that jobs have ended: endpoints, secrets, and the log of what was sent.
 
     \b
     What receivers get, docs/webhooks.md says.
@@ -64,7 +64,7 @@ def list_endpoints(user: UUID | None) -> None:
 def create_endpoint(
     *, url: str, user: UUID, events: tuple[str, ...], description: str | None
 ) -> None:
-    r"""Make an endpoint and print its secret, once.
+    """Make an endpoint and print its secret, once.
 
     \b
       pgscribe webhooks create https://example.org/pgscribe --user $USER_ID
@@ -100,7 +100,7 @@ def _keep(_: click.Context, __: click.Parameter, value: str) -> timedelta:
 )
 @friendly
 def rotate(*, endpoint_id: UUID | None, user: UUID | None, keep: timedelta) -> None:
-    r"""Make a new secret of an endpoint, or of a user, and print it, once.
+    """Make a new secret of an endpoint, or of a user, and print it, once.
 
     \b
       pgscribe webhooks rotate $ENDPOINT_ID
@@ -239,7 +239,7 @@ def replay(
     user: UUID | None,
     endpoint: UUID | None,
 ) -> None:
-    r"""Send deliveries again with the ids that they had, as often as it takes.
+    """Send deliveries again with the ids that they had, as often as it takes.
 
     \b
     Exit status 1 if one is not there or its endpoint is disabled; the others are sent.

@@ -555,7 +555,7 @@ begin
     return null;
   end if;
   if exists (select from public.webhook_endpoints e where e.id = found_one.endpoint_id and e.disabled_at is not null) then
-    perform pgscribe.reject('endpoint_id', 'is disabled, so nothing is sent to it', 'Enable it first: set its disabled_at to null.');
+    perform pgscribe.reject('endpoint_id', 'is disabled, so nothing is sent to it', 'Enable it first: PATCH it with {"enabled": true}, or set its disabled_at to null.');
   end if;
   perform pgscribe.replay_deliveries(array[found_one.id]);
   select * into found_one from public.webhook_deliveries d where d.id = found_one.id;
@@ -596,7 +596,7 @@ begin
     return null;
   end if;
   if e.disabled_at is not null then
-    perform pgscribe.reject('endpoint_id', 'is disabled, so nothing is sent to it', 'Enable it first: set its disabled_at to null.');
+    perform pgscribe.reject('endpoint_id', 'is disabled, so nothing is sent to it', 'Enable it first: PATCH it with {"enabled": true}, or set its disabled_at to null.');
   end if;
   perform pg_advisory_xact_lock(hashtextextended('pgscribe webhooks ' || e.user_id, 0));
   if (select count(*) from public.webhook_deliveries x

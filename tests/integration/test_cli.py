@@ -46,6 +46,7 @@ def test_help_teaches(pgscribe: Run, name: str) -> None:
     assert result.exit_code == 0
     assert "Usage: " in result.output
     assert len(result.output.splitlines()) > 5
+    assert "\\b" not in result.output
 
 
 @pytest.mark.parametrize(

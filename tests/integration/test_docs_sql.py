@@ -1,4 +1,4 @@
-"""The SQL of docs/sql.md and docs/supabase-js.md, as the roles that it is for."""
+"""The SQL of docs/sql.md, docs/supabase-js.md and docs/webhooks.md, as the roles that it is for."""
 
 import json
 from uuid import UUID
@@ -21,7 +21,9 @@ RESULT = {
         {"start": 0.0, "end": 1.5, "text": "Hello there."},
     ],
 }
-BLOCKS = [*blocks("sql.md", "sql"), *blocks("supabase-js.md", "sql")]
+BLOCKS = [
+    block for name in ("sql", "supabase-js", "webhooks") for block in blocks(f"{name}.md", "sql")
+]
 # What makes a new job one with that status; the queue's status is the truth.
 STEPS = {
     "queued": [],

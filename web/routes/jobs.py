@@ -88,7 +88,10 @@ class NewJob(BaseModel):
     )
     options: Options = {}
     webhook_url: str | None = Field(
-        None, alias="webhookUrl", max_length=2048, description="Kept with the job; not called yet."
+        None,
+        alias="webhookUrl",
+        max_length=2048,
+        description="Is told when the job has ended, by a signed request.",
     )
     scheduled_at: AwareDatetime | None = Field(
         None, alias="scheduledAt", strict=False, description="Start no earlier than this."

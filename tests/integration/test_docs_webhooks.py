@@ -1,0 +1,120 @@
+"""The commands and the receiver of docs/webhooks.md; its SQL runs with that of docs/sql.md."""
+
+import asyncio
+import json
+import os
+import shlex
+import subprocess
+from ipaddress import ip_network
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from standardwebhooks.webhooks import WebhookVerificationError
+
+from jobs.cli import main
+from jobs.database import make_pool
+from jobs.deliveries import Deliverer
+from jobs.outbound import Rules
+from jobs.settings import Settings
+from tests.doc_blocks import Block, blocks
+from tests.live import serve
+from tests.receiver import Request, receiving
+from tests.streams import Work
+from web.app import create_app
+from web.auth import issue_token
+
+BLOCKS = {
+    block.how[0]: block for name in ("bash", "python") for block in blocks("webhooks.md", name)
+}
+
+
+@pytest.fixture(autouse=True)
+def _configured(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", settings.database_url.get_secret_value())
+
+
+def pgscribe(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def test_each_block_is_run() -> None:
+    assert set(BLOCKS) == {"curl", "cli", "receiver"}
+
+
+def test_the_request_in_the_documentation(
+    settings: Settings, user: UUID, conn: psycopg.Connection
+) -> None:
+    with serve(create_app(settings)) as url:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PGSCRIBE_URL": url,
+            "PGSCRIBE_TOKEN": issue_token(settings, user, lifetime=60),
+        }
+        done = subprocess.run(
+            ["bash", "-ec", BLOCKS["curl"].code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    made = json.loads(done.stdout)
+    stored = conn.execute("select endpoint_id::text, secret from pgscribe.webhook_secrets")
+    assert stored.fetchall() == [(made["id"], made["secret"])]
+
+
+def test_the_commands_in_the_documentation(database: str, user: UUID) -> None:
+    values = {"$USER_ID": str(user)}
+    # What can't be known before: the endpoint, as it is made, and a delivery of its own.
+    printed = {}
+    lines = BLOCKS["cli"].code.splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        printed[line.split("#")[0].strip()] = pgscribe(*(values.get(w, w) for w in words[1:]))
+        if words[2] == "create":
+            values["$ENDPOINT_ID"] = pgscribe("webhooks", "endpoints").split()[0]
+            with Work(database) as work:
+                job = work.insert(user)
+                work.start(job)
+                work.set_queue_status("failed", job)
+                values["$DELIVERY_ID"] = pgscribe("webhooks", "deliveries").split()[0]
+                work.execute(
+                    "update procrastinate.procrastinate_jobs set status = 'failed'"
+                    " where queue_name = 'webhooks'"
+                )
+    assert len(printed) == len(lines) >= 11
+    assert printed["pgscribe webhooks replay $DELIVERY_ID"].endswith("1 sent again")
+    assert printed["pgscribe webhooks replay --failed-since 6h"] == "0 sent again"
+    shown = json.loads(printed["pgscribe webhooks show $DELIVERY_ID"])
+    assert (shown["event"], shown["status"]) == ("job.failed", "failed")
+
+
+def test_the_receiver_in_the_documentation(settings: Settings, user: UUID) -> None:
+    with receiving() as receiver:
+        secret = pgscribe("webhooks", "create", receiver.url, "--user", user)
+        endpoint = pgscribe("webhooks", "endpoints").split()[0]
+        delivery = UUID(pgscribe("webhooks", "test", endpoint))
+        asyncio.run(deliver(settings, delivery))
+        (request,) = receiver.expect(1)
+    assert received(BLOCKS["receiver"], secret, request)["type"] == "webhook.test"
+    other = pgscribe("webhooks", "rotate", endpoint)
+    with pytest.raises(WebhookVerificationError):
+        received(BLOCKS["receiver"], other, request)
+    (attempt,) = json.loads(pgscribe("webhooks", "show", delivery))["log"]
+    assert (attempt["attempt"], attempt["response_status"]) == (1, 204)
+
+
+async def deliver(settings: Settings, delivery: UUID) -> None:
+    rules = Rules(networks=(ip_network("127.0.0.0/8"),))
+    async with make_pool(settings, name="test") as pool:
+        await Deliverer(pool, None, rules).deliver(delivery)
+
+
+def received(block: Block, secret: str, request: Request) -> Any:
+    names = {"secret": secret, "body": request.body, "headers": request.headers}
+    exec(compile(block.code, block.name, "exec"), names)
+    return names["event"]
