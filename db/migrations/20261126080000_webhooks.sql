@@ -133,12 +133,16 @@ end $$;
 comment on function public.rotate_webhook_secret is
   'Makes a new secret for an endpoint, or without one for the webhook_url of your jobs, and returns it: this once. Requests are signed with the one before it, too, for as long as keep says.';
 
--- Whoever has taken one of these roles is one user, or nobody; all others see everything anyway.
+-- All others see everything anyway. A role of one's own that is a member of authenticated does not.
 create function pgscribe.is_one_user() returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(nullif(current_setting('role', true), 'none'), session_user) in ('anon', 'authenticated')
+  select not exists (
+    select from pg_roles r
+     where r.rolname = coalesce(nullif(current_setting('role', true), 'none'), session_user)
+       and (r.rolsuper or r.rolbypassrls or pg_has_role(r.oid, (
+         select c.relowner from pg_class c where c.oid = 'public.webhook_endpoints'::regclass), 'usage')))
 $$;
-comment on function pgscribe.is_one_user is 'Whether the caller has the role of a user of the API, also inside of a function that runs as its owner.';
+comment on function pgscribe.is_one_user is 'Whether row level security applies to the caller, also inside of a function that runs as its owner.';
 
 create function public.create_webhook_endpoint(
   url text, events text[] default '{job.completed,job.failed,job.cancelled}', description text default null,
@@ -261,10 +265,12 @@ begin
                'audio_seconds', n.audio_seconds, 'attempt', n.attempt, 'error_code', n.error_code, 'error', n.error))) as payload
       from new_rows n join old_rows o using (id)
      where n.completed_at is not null and o.completed_at is null),
+  -- Without those that are being deleted: that may take long, and nobody's end of a job is to wait for it.
+  wanted as materialized (
+    select w.id, w.user_id, w.events from public.webhook_endpoints w
+     where w.user_id in (select e.user_id from ended e) and w.disabled_at is null for key share skip locked),
   addressed as (
-    select e.*, w.id as endpoint_id, null::text as url
-      from ended e join public.webhook_endpoints w on w.user_id = e.user_id
-     where w.disabled_at is null and e.event = any (w.events)
+    select e.*, w.id as endpoint_id, null::text as url from ended e join wanted w on w.user_id = e.user_id and e.event = any (w.events)
     union all
     select e.*, null, e.webhook_url from ended e where e.webhook_url is not null),
   told as (
@@ -340,7 +346,7 @@ end $$;
 create trigger guard_webhook_delivery before update on public.webhook_deliveries
   for each row execute function pgscribe.guard_webhook_delivery();
 
--- The queue jobs of deliveries that go with their endpoint or their owner. One that is being sent ends by itself.
+-- The queue jobs of deliveries that go with their endpoint or their owner. That of one that is being sent goes when it ends.
 create function pgscribe.forget_deleted_deliveries() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
@@ -350,14 +356,30 @@ end $$;
 create trigger forget_deleted_deliveries after delete on public.webhook_deliveries
   referencing old table as old_rows for each statement execute function pgscribe.forget_deleted_deliveries();
 
+create function pgscribe.forget_ended_queue_job() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  delete from procrastinate.procrastinate_jobs q
+   where q.id = new.id and q.status <> 'doing'
+     and not exists (select from public.webhook_deliveries d where d.id = (new.args ->> 'delivery_id')::uuid);
+  return null;
+end $$;
+-- At the end of the transaction, as procrastinate notes an event of the job meanwhile.
+create constraint trigger pgscribe_forget_ended_queue_job after update on procrastinate.procrastinate_jobs
+  deferrable initially deferred for each row
+  when (new.queue_name = 'webhooks' and old.status = 'doing' and new.status <> 'doing')
+  execute function pgscribe.forget_ended_queue_job();
+
 create function pgscribe.disable_webhook_endpoint(endpoint uuid, reason text) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   perform set_config('pgscribe.disabling', reason, true);
-  update public.webhook_endpoints e set disabled_at = now() where e.id = endpoint and e.disabled_at is null;
+  -- Whoever deletes it waits for deliveries that this transaction has locked.
+  update public.webhook_endpoints e set disabled_at = now() where e.id = (
+    select x.id from public.webhook_endpoints x where x.id = endpoint and x.disabled_at is null for no key update skip locked);
   perform set_config('pgscribe.disabling', '', true);
 end $$;
-comment on function pgscribe.disable_webhook_endpoint is 'Sends nothing more to an endpoint until its owner enables it.';
+comment on function pgscribe.disable_webhook_endpoint is 'Sends nothing more to an endpoint until its owner enables it. One that somebody else has locked stays as it is.';
 
 -- What a worker does with a delivery ------------------------------------------------------------------------------------
 
@@ -395,6 +417,11 @@ begin
     select count(*) = 1000 into more from due;
     next_due := (select min(d.due_at) from public.webhook_deliveries d where d.status = 'queued' and d.due_at > now());
   end if;
+  if not exists (select from public.webhook_deliveries d where d.status = 'queued' and d.due_at is null) then
+    return;
+  end if;
+  -- One at a time, so that two do not both count what is under way, nor plan the same ones.
+  perform pg_advisory_xact_lock(hashtextextended('pgscribe claim_deliveries', 0));
   -- From anywhere on, owner by owner, so that everybody's turn comes however many another one has.
   while cardinality(owners) < wanted and looked < 200 loop
     here := (select d.user_id from public.webhook_deliveries d
@@ -444,6 +471,7 @@ declare
   d public.webhook_deliveries;
   e public.webhook_endpoints;
   secrets text[];
+  locked boolean := false;
 begin
   select * into d from public.webhook_deliveries x where x.id = delivery;
   if d.id is null or d.succeeded_at is not null then
@@ -459,7 +487,12 @@ begin
                         and (s.expires_at is null or s.expires_at > now())
                       order by s.id desc);
     exit when secrets <> '{}';
-    perform pgscribe.new_webhook_secret(d.user_id, d.endpoint_id, '0');
+    -- Once nobody else makes one: their owner, who has seen it, must not have it replaced.
+    if locked then
+      perform pgscribe.new_webhook_secret(d.user_id, d.endpoint_id, '0');
+    end if;
+    perform pg_advisory_xact_lock(hashtextextended('pgscribe webhooks ' || d.user_id, 0));
+    locked := true;
   end loop;
   return json_build_object('disabled', false, 'url', coalesce(d.url, e.url), 'payload', d.payload, 'secrets', secrets);
 end $$;
@@ -496,17 +529,18 @@ comment on function pgscribe.refuse_delivery is 'Notes why no request was made.'
 
 -- Once more ---------------------------------------------------------------------------------------------------------------
 
+-- Workers tell each other by these numbers what they have looked for, so each kind has its own.
 create function pgscribe.wake_couriers() returns void
 language sql volatile set search_path = pg_catalog, pg_temp as $$
   select pg_notify('procrastinate_queue_v1#webhooks',
-    jsonb_build_object('type', 'job_inserted', 'job_id', -pg_current_xact_id()::text::bigint)::text)
+    jsonb_build_object('type', 'job_inserted', 'job_id', -2 * pg_current_xact_id()::text::bigint - 1)::text)
 $$;
 comment on function pgscribe.wake_couriers is 'Tells the workers that there are light jobs to start; procrastinate does so for new ones only.';
 
 create or replace function pgscribe.wake_workers() returns void
 language sql volatile set search_path = pg_catalog, pg_temp as $$
   select pg_notify('procrastinate_queue_v1#transcription',
-    jsonb_build_object('type', 'job_inserted', 'job_id', -pg_current_xact_id()::text::bigint)::text);
+    jsonb_build_object('type', 'job_inserted', 'job_id', -2 * pg_current_xact_id()::text::bigint)::text);
   select pgscribe.wake_couriers();
 $$;
 comment on function pgscribe.wake_workers is 'Tells the workers that there are jobs to start, light ones too; procrastinate does so for new ones only.';

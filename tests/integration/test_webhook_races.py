@@ -1,0 +1,210 @@
+"""Webhooks where two are at it at the same time: workers, owners, and whoever has locked a row."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from db.embedded import SUPERUSER, EmbeddedPostgres
+from tests.conftest import MakeUser
+from tests.streams import Work, until
+
+CLAIM = "select cardinality(jobs) from pgscribe.claim_deliveries(%s, %s)"
+TURN = "select {} from pgscribe.turn(%s, %s, %s, false, '{{maintenance}}', 3, null, 0, null)"
+REGISTER = "select worker_id from procrastinate.procrastinate_register_worker_v1()"
+QUEUE_JOBS = "select count(*) from procrastinate.procrastinate_jobs where queue_name = 'webhooks'"
+SENDING = """
+select coalesce(max(n), 0) from (
+  select count(*) as n from webhook_deliveries where status = 'sending' group by user_id) s
+"""
+
+
+@pytest.fixture
+def work(database: str) -> Iterator[Work]:
+    work = Work(database)
+    work.allow_many_jobs()
+    yield work
+    work.close()
+
+
+@pytest.fixture
+def other(database: str) -> Iterator[psycopg.Connection]:
+    """Somebody else, in a transaction."""
+    with psycopg.connect(database) as connection:
+        yield connection
+
+
+@pytest.fixture
+def beside() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def value(conn: psycopg.Connection, query: str, *values: object) -> Any:
+    row = conn.execute(query.encode(), values).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def endpoint(conn: psycopg.Connection, user: UUID) -> UUID:
+    query = "insert into webhook_endpoints (user_id, url) values (%s, 'https://example.org')"
+    found: UUID = value(conn, query + " returning id", user)
+    return found
+
+
+def tell(work: Work, user: UUID, count: int = 1) -> None:
+    jobs = work.insert_many(user, count)
+    work.start(*jobs)
+    work.complete(*jobs)
+
+
+def wait_for_lock(conn: psycopg.Connection, waiting: psycopg.Connection) -> None:
+    query = "select cardinality(pg_blocking_pids(%s)) > 0"
+    until(lambda: value(conn, query, waiting.info.backend_pid), "it waits for a lock")
+
+
+def test_workers_that_claim_at_the_same_time_keep_to_the_limit(
+    conn: psycopg.Connection, database: str, work: Work, user: UUID, beside: ThreadPoolExecutor
+) -> None:
+    endpoint(conn, user)
+    tell(work, user, 100)
+
+    def claims() -> int:
+        with psycopg.connect(database, autocommit=True) as own:
+            worker, most = value(own, REGISTER), 0
+            for _ in range(100):
+                value(own, CLAIM, worker, 10)
+                most = max(most, value(own, SENDING))
+                own.execute(
+                    "update procrastinate.procrastinate_jobs set status = 'todo'"
+                    " where status = 'doing' and worker_id = %s",
+                    (worker,),
+                )
+        return most
+
+    running = [beside.submit(claims) for _ in range(2)]
+    assert max(one.result() for one in running) == 5
+
+
+def test_workers_that_claim_at_the_same_time_claim_different_ones(
+    conn: psycopg.Connection, database: str, work: Work, make_user: MakeUser,
+    other: psycopg.Connection, beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    for _ in range(4):
+        owner = make_user()
+        endpoint(conn, owner)
+        tell(work, owner, 5)
+    assert value(other, CLAIM, None, 10) == 10
+    with psycopg.connect(database, autocommit=True) as second:
+        claimed: Future[Any] = beside.submit(value, second, CLAIM, None, 10)
+        wait_for_lock(conn, second)
+        other.commit()
+        assert claimed.result() == 10
+
+
+@pytest.mark.parametrize("outcome", ["succeeded", "retry", "released"])
+def test_with_an_endpoint_goes_what_is_being_sent_once_that_has_ended(
+    conn: psycopg.Connection, work: Work, user: UUID, outcome: str
+) -> None:
+    endpoint(conn, user)
+    tell(work, user)
+    worker = value(conn, REGISTER)
+    assert value(conn, CLAIM, worker, 1) == 1
+    conn.execute("delete from webhook_endpoints")
+    assert value(conn, QUEUE_JOBS) == 1
+    ended = [{"queue_job_id": value(conn, QUEUE_JOBS.replace("count(*)", "id")), "attempt": 0}]
+    ended[0] |= {"outcome": outcome, "retry_after": 5}
+    conn.execute(TURN.format("*").encode(), (worker, json.dumps(ended), 0))
+    assert value(conn, QUEUE_JOBS) == 0
+
+
+def test_what_wakes_both_kinds_of_slots_has_two_numbers(
+    conn: psycopg.Connection, other: psycopg.Connection
+) -> None:
+    """Whoever has looked for one kind tells the others, who are to look for the other still."""
+    for queue in ("transcription", "webhooks"):
+        other.execute(f'listen "procrastinate_queue_v1#{queue}"'.encode())
+    other.commit()
+    conn.execute("select pgscribe.wake_workers()")
+    heard = [json.loads(one.payload)["job_id"] for one in other.notifies(timeout=20, stop_after=2)]
+    assert len(set(heard)) == 2
+
+
+def test_a_secret_that_its_owner_has_just_made_is_used(
+    conn: psycopg.Connection, database: str, work: Work, user: UUID,
+    other: psycopg.Connection, beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    made = endpoint(conn, user)
+    tell(work, user)
+    delivery = value(conn, "select id from webhook_deliveries")
+    secret = value(other, "select rotate_webhook_secret(%s)", made)
+    with psycopg.connect(database, autocommit=True) as courier:
+        query = "select pgscribe.begin_delivery(%s)"
+        begun: Future[Any] = beside.submit(value, courier, query, delivery)
+        wait_for_lock(conn, courier)
+        other.commit()
+        assert begun.result()["secrets"] == [secret]
+
+
+def test_a_role_of_ones_own_is_no_more_than_authenticated(
+    conn: psycopg.Connection, database: str, user: UUID, postgres: EmbeddedPostgres
+) -> None:
+    made = endpoint(conn, user)
+    name = str(psycopg.conninfo.conninfo_to_dict(database)["dbname"])
+    with psycopg.connect(postgres.url(user=SUPERUSER, database=name)) as admin:
+        admin.execute("create role reporting in role authenticated")
+        admin.execute("set local session authorization reporting")
+        assert value(admin, "select count(*) from webhook_endpoints") == 0
+        assert value(admin, "select send_test_webhook(%s)", made) is None
+        with pytest.raises(psycopg.errors.CheckViolation, match="is no endpoint of yours"):
+            admin.execute("select rotate_webhook_secret(%s)", (made,))
+        admin.rollback()
+
+
+def test_an_owner_deletes_an_endpoint_while_it_says_that_it_is_gone(
+    conn: psycopg.Connection, database: str, work: Work, user: UUID,
+    other: psycopg.Connection, beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    endpoint(conn, user)
+    tell(work, user)
+    delivery = value(conn, "select id from webhook_deliveries")
+    other.execute("select from webhook_deliveries for update")
+    with psycopg.connect(database, autocommit=True) as owner:
+        deleted = beside.submit(owner.execute, "delete from webhook_endpoints")
+        wait_for_lock(conn, owner)
+        other.execute(
+            "select pgscribe.record_delivery(%s, 1, 410, null, 'webhook_gone', 'It is gone.')",
+            (delivery,),
+        )
+        other.commit()
+        deleted.result()
+    assert value(conn, "select count(*) from webhook_deliveries") == 0
+
+
+def test_nobodys_jobs_wait_for_an_endpoint_that_is_being_deleted(
+    conn: psycopg.Connection, work: Work, user: UUID, make_user: MakeUser,
+    other: psycopg.Connection,
+) -> None:  # fmt: skip
+    going = endpoint(conn, user)
+    neighbour = make_user()
+    staying = {endpoint(conn, user), endpoint(conn, neighbour)}
+    for owner in (user, neighbour):
+        work.insert(owner)
+    worker = value(conn, REGISTER)
+    jobs = value(conn, TURN.format("jobs"), worker, None, 2)
+    other.execute("delete from webhook_endpoints where id = %s", (going,))
+    conn.execute("set lock_timeout = '4s'")
+    ended = [
+        {"queue_job_id": job["queue_job_id"], "job_id": job["id"], "attempt": 1}
+        | {"outcome": "succeeded", "result": {}}
+        for job in jobs
+    ]
+    assert len(ended) == 2
+    assert value(conn, TURN.format("busy"), worker, json.dumps(ended), 0) is None
+    other.commit()
+    told = conn.execute("select endpoint_id from webhook_deliveries").fetchall()
+    assert {row[0] for row in told} == staying
