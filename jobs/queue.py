@@ -105,6 +105,7 @@ class Turn:
     """What a turn brought. ``due``: when a job falls due, seconds since the epoch and from now.
 
     ``more`` and ``due`` are of transcriptions, ``light_more`` and ``light_due`` of light jobs.
+    ``busy``, ``light_busy``: jobs, and queue jobs of light ones, to be ended later.
     """
 
     jobs: list[ClaimedJob]
@@ -115,6 +116,7 @@ class Turn:
     abort: frozenset[int]
     light_more: bool
     light_due: Due
+    light_busy: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ class Queue:
             frozenset(row["abort"] or ()),
             bool(row["light_more"]),
             None if row["light_due"] is None else (row["light_due"], row["light_due_in"]),
+            frozenset(row["light_busy"] or ()),
         )
 
     async def beat(self, worker_id: int, held: Iterable[ClaimedJob], *, sweep: bool) -> Beat | None:

@@ -275,7 +275,13 @@ class Worker(procrastinate_worker.Worker):
             self._ended.popleft()
         if self._most_ends is not None:
             self._most_ends = 2 * self._most_ends if self._ended else None
-        self._put_off([pair for pair in ended if pair[1].job_id in turn.busy])
+        self._put_off(
+            [
+                (claimed, end)
+                for claimed, end in ended
+                if end.job_id in turn.busy or end.queue_job_id in turn.light_busy
+            ]
+        )
         for claimed in turn.jobs:
             self._start(claimed)
         await asyncio.sleep(0)  # so that they start before anything else is done

@@ -415,7 +415,10 @@ begin
                        where f.status = 'queued' and f.due_at <= now() order by f.due_at limit 1000 for update skip locked)
       returning 1)
     select count(*) = 1000 into more from due;
-    next_due := (select min(d.due_at) from public.webhook_deliveries d where d.status = 'queued' and d.due_at > now());
+    next_due := (select min(d.due_at) from public.webhook_deliveries d where d.status = 'queued' and d.due_at is not null);
+    if next_due <= now() then  -- somebody else has it locked
+      next_due := now() + interval '1 second';
+    end if;
   end if;
   if not exists (select from public.webhook_deliveries d where d.status = 'queued' and d.due_at is null) then
     return;
@@ -461,9 +464,31 @@ begin
   select coalesce(array_agg(json_build_object('queue_job_id', m.id, 'task_name', m.task_name, 'queue_name', m.queue_name,
            'priority', m.priority, 'args', m.args, 'attempts', m.attempts, 'lock', m.lock)), '{}')
     into jobs from moved m;
+  if cardinality(jobs) < cardinality(planned) then  -- somebody else has the others locked, and tells nobody when they are free
+    next_due := least(next_due, now() + interval '1 second');
+  end if;
 end $$;
 comment on function pgscribe.claim_deliveries is
   'Claims up to so many deliveries for a worker: one of each owner''s in turn, never more of one owner''s at a time than pgscribe.queue_settings allows; none while the queue is paused.';
+
+create function pgscribe.busy_deliveries(queue_jobs bigint[]) returns bigint[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  meant bigint[];
+  locked bigint[];
+begin
+  with m as materialized (
+    select q.id, d.id as delivery
+      from procrastinate.procrastinate_jobs q join public.webhook_deliveries d on d.id = (q.args ->> 'delivery_id')::uuid
+     where q.id = any (queue_jobs) and q.queue_name = 'webhooks'),
+  l as materialized (
+    select q.id from m join public.webhook_deliveries d on d.id = m.delivery join procrastinate.procrastinate_jobs q on q.id = m.id
+       for update of d, q skip locked)
+  select array(select m.id from m), array(select l.id from l) into meant, locked;
+  return array(select unnest(meant) except select unnest(locked));
+end $$;
+comment on function pgscribe.busy_deliveries is
+  'Locks deliveries by their queue jobs, and returns which of those it can''t: somebody else has them locked. Ending these is for later.';
 
 create function pgscribe.begin_delivery(delivery uuid) returns json
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

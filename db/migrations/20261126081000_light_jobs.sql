@@ -203,7 +203,7 @@ create function pgscribe.turn(
   announcement text, wanted_light integer default null, light_announcement text default null,
   out jobs json, out others json[], out more boolean, out missed integer,
   out due double precision, out due_in double precision, out busy uuid[], out abort bigint[],
-  out light_more boolean, out light_due double precision, out light_due_in double precision)
+  out light_more boolean, out light_due double precision, out light_due_in double precision, out light_busy bigint[])
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
   attempts pgscribe.ended_attempt[];
@@ -220,6 +220,12 @@ declare
 begin
   if ended is not null then
     attempts := array(select x from jsonb_populate_recordset(null::pgscribe.ended_attempt, ended) x);
+    if exists (select from unnest(attempts) x where x.job_id is null) then
+      light_busy := pgscribe.busy_deliveries(array(select x.queue_job_id from unnest(attempts) x where x.job_id is null));
+      if light_busy <> '{}' then
+        attempts := array(select x from unnest(attempts) x where x.job_id is not null or x.queue_job_id <> all (light_busy));
+      end if;
+    end if;
     select e.held, e.owners, e.corrections, e.lengths into held, owners, corrections, lengths
       from pgscribe.end_attempts(worker, attempts, default_max_attempts) e;
     if cardinality(held) is distinct from cardinality(attempts) then
@@ -283,13 +289,14 @@ begin
   end if;
 end $$;
 comment on function pgscribe.turn is
-  'A worker''s turn, one transaction: ends attempts, claims jobs for the free slots, and light jobs (deliveries, maintenance) for theirs. busy: attempts whose row somebody else has locked, to be ended later; abort: which of the running queue jobs are to stop; due, light_due: when a job falls due, and in how many seconds. The announcements go to the other workers if slots are left.';
+  'A worker''s turn, one transaction: ends attempts, claims jobs for the free slots, and light jobs (deliveries, maintenance) for theirs. busy, light_busy: attempts whose row somebody else has locked, to be ended later; abort: which of the running queue jobs are to stop; due, light_due: when a job falls due, and in how many seconds. The announcements go to the other workers if slots are left.';
 
 create or replace function pgscribe.sweep_stalled_jobs(stall_timeout double precision, default_max_attempts integer) returns integer
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   dead bigint[];
   orphaned bigint[];
+  busy bigint[];
   ended pgscribe.ended_attempt[];
   swept integer;
 begin
@@ -315,9 +322,10 @@ begin
   delete from procrastinate.procrastinate_jobs q
    where q.id = any (orphaned) and q.queue_name = 'transcription' and q.status::text = 'doing'
      and not exists (select from public.processing_jobs p where p.job_id = q.id::text);
+  busy := pgscribe.busy_deliveries(orphaned);
   with others as (
     select q.id, q.attempts, q.abort_requested, q.queue_name from procrastinate.procrastinate_jobs q
-     where q.id = any (orphaned) and q.queue_name <> 'transcription' and q.status::text = 'doing'
+     where q.id = any (orphaned) and q.queue_name <> 'transcription' and q.status::text = 'doing' and q.id <> all (busy)
        for update skip locked)
   update procrastinate.procrastinate_jobs q set
       status = case when o.abort_requested then 'aborted'
@@ -363,13 +371,14 @@ begin
     delete from public.processing_job_chunks c where c.job_id = any (ids);
     delete from pgscribe.preparations r where r.job_id = any (ids);
     if pruned < batch then  -- those of another kind are few, and so are owners who are gone
+      -- Before the lock, for which claims wait: it reads all queue jobs.
+      delete from procrastinate.procrastinate_jobs q
+       where q.queue_name not in ('transcription', 'webhooks') and q.status not in ('todo', 'doing') and not exists (
+         select from procrastinate.procrastinate_events e where e.job_id = q.id and e.at >= cutoff);
       perform from pgscribe.fair_queue for update;
       delete from pgscribe.owner_shares s where not exists (select from auth.users u where u.id = s.owner_id);
       delete from pgscribe.owner_queues k where not exists (select from auth.users u where u.id = k.owner_id);
       delete from pgscribe.owner_usage o where not exists (select from auth.users u where u.id = o.owner_id);
-      delete from procrastinate.procrastinate_jobs q
-       where q.queue_name not in ('transcription', 'webhooks') and q.status not in ('todo', 'doing') and not exists (
-         select from procrastinate.procrastinate_events e where e.job_id = q.id and e.at >= cutoff);
     end if;
   else
     delete from public.processing_jobs p where p.id = any (ids);

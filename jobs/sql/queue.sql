@@ -4,7 +4,7 @@
 select worker_id from procrastinate.procrastinate_register_worker_v1()
 
 -- turn --
-select jobs, others, more, missed, due, due_in, busy, abort, light_more, light_due, light_due_in
+select jobs, others, more, missed, due, due_in, busy, abort, light_more, light_due, light_due_in, light_busy
   from pgscribe.turn(
     %(worker_id)s, %(ended)s, %(wanted)s, %(running)s, %(other_queues)s, %(max_attempts)s, %(announcement)s,
     %(wanted_light)s, %(light_announcement)s)

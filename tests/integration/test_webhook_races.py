@@ -208,3 +208,54 @@ def test_nobodys_jobs_wait_for_an_endpoint_that_is_being_deleted(
     other.commit()
     told = conn.execute("select endpoint_id from webhook_deliveries").fetchall()
     assert {row[0] for row in told} == staying
+
+
+def test_what_somebody_else_has_locked_ends_later_and_holds_up_nothing_else(
+    conn: psycopg.Connection, work: Work, user: UUID, make_user: MakeUser,
+    other: psycopg.Connection,
+) -> None:  # fmt: skip
+    """A job is deleted in a long transaction, which changes its delivery."""
+    for owner in (user, make_user()):
+        endpoint(conn, owner)
+        tell(work, owner)
+    worker = value(conn, REGISTER)
+    assert value(conn, CLAIM, worker, 2) == 2
+    other.execute("delete from processing_jobs where user_id = %s", (user,))
+    conn.execute("set lock_timeout = '4s'")
+    sent = conn.execute("select queue_job_id, user_id from webhook_deliveries").fetchall()
+    ended = [{"queue_job_id": sent_, "attempt": 0, "outcome": "succeeded"} for sent_, _ in sent]
+    busy = value(conn, TURN.format("light_busy"), worker, json.dumps(ended), 0)
+    assert busy == [queue_job for queue_job, owner in sent if owner == user]
+    conn.execute(
+        "update procrastinate.procrastinate_jobs set worker_id = null where queue_name = 'webhooks'"
+    )
+    conn.execute("select pgscribe.sweep_stalled_jobs(0, 3)")
+    query = "select user_id = %s, status from webhook_deliveries order by 1"
+    assert conn.execute(query, (user,)).fetchall() == [(False, "delivered"), (True, "sending")]
+    other.commit()
+    conn.execute("select pgscribe.sweep_stalled_jobs(0, 3)")
+    assert conn.execute(query, (user,)).fetchall() == [(False, "delivered"), (True, "queued")]
+
+
+def test_what_somebody_else_has_locked_is_looked_for_again_in_a_second(
+    conn: psycopg.Connection, work: Work, user: UUID, other: psycopg.Connection
+) -> None:
+    endpoint(conn, user)
+    tell(work, user)
+    query = "select extract(epoch from next_due - now()) from pgscribe.claim_deliveries(null, 5)"
+    other.execute("delete from processing_jobs")
+    assert value(conn, query) == 1
+    other.commit()
+    assert value(conn, query) is None
+    assert value(conn, SENDING) == 1
+
+
+def test_what_is_due_and_locked_is_looked_for_again_in_a_second(
+    conn: psycopg.Connection, work: Work, user: UUID, other: psycopg.Connection
+) -> None:
+    endpoint(conn, user)
+    tell(work, user)
+    conn.execute("update webhook_deliveries set due_at = now() - interval '1 minute'")
+    query = "select extract(epoch from next_due - now()) from pgscribe.claim_deliveries(null, 5)"
+    other.execute("select from webhook_deliveries for update")
+    assert value(conn, query) == 1
