@@ -385,14 +385,23 @@ comment on function pgscribe.disable_webhook_endpoint is 'Sends nothing more to 
 
 insert into pgscribe.queue_settings (queue_name, max_running_per_owner) values ('webhooks', 5);
 
+create table pgscribe.delivery_turn (
+  only_row boolean primary key default true check (only_row),
+  last_owner uuid not null default '00000000-0000-0000-0000-000000000000'
+);
+insert into pgscribe.delivery_turn default values;
+comment on table pgscribe.delivery_turn is
+  'One row: the owner whose delivery was claimed last. Who claims holds it, so that two do not both count what is under way, nor plan the same ones.';
+revoke all on pgscribe.delivery_turn from public, anon, authenticated, service_role;
+
 create function pgscribe.claim_deliveries(worker bigint, wanted integer, out jobs json[], out next_due timestamptz, out more boolean)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   max_per_owner integer;
   paused boolean;
   any_due boolean;
-  here uuid := gen_random_uuid();
-  start uuid := here;
+  here uuid;
+  start uuid;
   around boolean := false;
   looked integer := 0;
   room integer;
@@ -423,9 +432,9 @@ begin
   if not exists (select from public.webhook_deliveries d where d.status = 'queued' and d.due_at is null) then
     return;
   end if;
-  -- One at a time, so that two do not both count what is under way, nor plan the same ones.
-  perform pg_advisory_xact_lock(hashtextextended('pgscribe claim_deliveries', 0));
-  -- From anywhere on, owner by owner, so that everybody's turn comes however many another one has.
+  -- On from where the last claim ended, owner by owner, so that everybody's turn comes however many another one has.
+  select t.last_owner into start from pgscribe.delivery_turn t for update;
+  here := start;
   while cardinality(owners) < wanted and looked < 200 loop
     here := (select d.user_id from public.webhook_deliveries d
               where d.status = 'queued' and d.due_at is null and d.user_id > here order by d.user_id limit 1);
@@ -442,9 +451,15 @@ begin
       rooms := rooms || room;
     end if;
   end loop;
+  if looked = 200 then  -- there may be others, whose turn it is next
+    owners := owners || here;
+    rooms := rooms || 0;
+    next_due := least(next_due, now() + interval '1 second');
+  end if;
   if owners = '{}' then
     return;
   end if;
+  update pgscribe.delivery_turn set last_owner = owners[cardinality(owners)];
   planned := array(
     select l.id from (
       select r.id, row_number() over (partition by o.owner order by r.created_at, r.id) as place, o.number
@@ -532,7 +547,7 @@ declare
 begin
   update public.webhook_deliveries x set
       attempts = x.attempts + 1, response_status = record_delivery.response_status, error_code = record_delivery.error_code,
-      error = record_delivery.error, succeeded_at = case when record_delivery.error_code is null then now() end
+      error = record_delivery.error, succeeded_at = case when record_delivery.error_code is null then now() else x.succeeded_at end
    where x.id = delivery returning * into d;
   if d.id is null then
     return;

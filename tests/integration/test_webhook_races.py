@@ -259,3 +259,57 @@ def test_what_is_due_and_locked_is_looked_for_again_in_a_second(
     query = "select extract(epoch from next_due - now()) from pgscribe.claim_deliveries(null, 5)"
     other.execute("select from webhook_deliveries for update")
     assert value(conn, query) == 1
+
+
+def test_owners_take_turns_whatever_their_ids(conn: psycopg.Connection, work: Work) -> None:
+    """One slot at a time is free: an id right after another's is as good as any."""
+    owners = [UUID(int=1), UUID(int=2), UUID(int=2**127)]
+    for owner in owners:
+        conn.execute("insert into auth.users (id, email) values (%s, %s)", (owner, str(owner)))
+        endpoint(conn, owner)
+        tell(work, owner, 4)
+    told = "select user_id, id from webhook_deliveries where status = 'sending'"
+    served = []
+    for _ in range(9):
+        assert value(conn, CLAIM, None, 1) == 1
+        served.append(value(conn, told))
+        conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'succeeded'"
+            " where status = 'doing'"
+        )
+    assert served == owners * 3
+
+
+def test_whoever_is_late_does_not_undo_what_has_been_taken(
+    conn: psycopg.Connection, work: Work, user: UUID
+) -> None:
+    """A worker that was presumed dead had no answer, and says so after the next one had one."""
+    endpoint(conn, user)
+    tell(work, user)
+    delivery = value(conn, "select id from webhook_deliveries")
+    record = "select pgscribe.record_delivery(%s, 1, %s, null, %s, null)"
+    conn.execute(record, (delivery, 204, None))
+    conn.execute(record, (delivery, None, "webhook_failed"))
+    assert value(conn, "select pgscribe.begin_delivery(%s)", delivery) is None
+
+
+def test_nobody_waits_behind_hundreds_of_owners_who_have_all_they_may_have(
+    conn: psycopg.Connection, work: Work
+) -> None:
+    owners = [UUID(int=number) for number in range(1, 252)]
+    conn.execute(
+        "insert into auth.users (id, email) select id, id::text from unnest(%s) id", (owners,)
+    )
+    for owner in owners:
+        endpoint(conn, owner)
+    conn.execute(
+        "update pgscribe.queue_settings set max_running_per_owner = 1 where queue_name = 'webhooks'"
+    )
+    for owner in owners[:-1]:
+        tell(work, owner, 2)
+    assert value(conn, CLAIM, None, 250) == 200
+    assert value(conn, CLAIM, None, 250) == 50
+    tell(work, owners[-1], 1)
+    query = "select cardinality(jobs), next_due - now() from pgscribe.claim_deliveries(null, 1)"
+    looks = [conn.execute(query).fetchone() for _ in range(2)]
+    assert 1 in [look[0] for look in looks if look]
