@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from uuid import UUID
 
+import psycopg
 import pytest
 
 from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs, until
@@ -116,3 +117,27 @@ def test_whoever_is_stopped_gives_back_what_was_not_answered(
     receiver.expect(2)
     delivered(db)
     settled()
+
+
+def test_a_row_that_somebody_has_locked_holds_up_nothing_else(
+    fleet: Fleet, jobs: Jobs, db: Database, database: str, user: UUID, receiver: Receiver
+) -> None:
+    fleet.start_ready()
+    with psycopg.connect(database) as operator:
+
+        def lock(handler: BaseHTTPRequestHandler) -> None:
+            operator.execute(
+                "select from procrastinate.procrastinate_jobs"
+                " where queue_name = 'webhooks' for update"
+            )
+            answer(handler)
+
+        receiver.answers = [lock]
+        jobs.insert_one(user, "sleep")
+        receiver.expect(1)
+        jobs.insert_one(user, "sleep")
+        delivered(db)
+        assert [row["status"] for row in db.rows(LOG)] == ["sending", "delivered"]
+        operator.rollback()
+        delivered(db, 2)
+    assert len(receiver.requests) == 2
