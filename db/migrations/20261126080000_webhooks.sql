@@ -251,8 +251,10 @@ grant select on public.webhook_deliveries, public.webhook_attempts to authentica
 create function pgscribe.tell_of_ended_jobs() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  if not exists (select from new_rows n where n.completed_at is not null) then
-    return null;  -- most updates are of jobs that wait or run
+  -- Most updates are of jobs that wait or run, and most owners want to be told of nothing.
+  if not exists (select from new_rows n where n.completed_at is not null and (n.webhook_url is not null
+       or exists (select from public.webhook_endpoints w where w.user_id = n.user_id))) then
+    return null;
   end if;
   with ended as (
     select n.id, n.user_id, n.webhook_url, 'job.' || n.status as event,
