@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,12 +77,18 @@ def is_public(address: Address) -> bool:
     return address in _PUBLIC_IPV6 and not any(address in network for network in _REFUSED_IPV6)
 
 
+# A look-up that nobody waits for any more goes on for as long as a name server is silent. In the
+# threads that all share, a few such names would stop whatever else is done in threads.
+_LOOK_UPS = ThreadPoolExecutor(64, thread_name_prefix="look-up")
+
+
 async def resolve(host: str, port: int) -> Sequence[str]:
     """Return the addresses of a name. Raises ``UrlUnavailable``."""
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            found = await loop.run_in_executor(_LOOK_UPS, look_up)
     except TimeoutError as exc:
         raise UrlUnavailable("its host's address was not found in time") from exc
     except (OSError, UnicodeError) as exc:
