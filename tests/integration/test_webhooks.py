@@ -507,12 +507,13 @@ def test_after_the_last_attempt_it_has_failed_and_after_days_the_endpoint_is_dis
         end(work, user)
         (first,) = settled(conn)
         assert (first["status"], first["attempts"]) == ("failed", 4)
-        assert rows(conn, "select disabled_at from webhook_endpoints") == [{"disabled_at": None}]
-        work.execute("select pause_queue('webhooks')")
-        end(work, user)
-        work.execute("update webhook_deliveries set created_at = now() - interval '3 days'"
-                     " where status = 'queued'")  # fmt: skip
-        work.execute("select resume_queue('webhooks')")
+    assert rows(conn, "select disabled_at from webhook_endpoints") == [{"disabled_at": None}]
+    end(work, user)
+    conn.execute(
+        "update webhook_deliveries set created_at = now() - interval '3 days'"
+        " where status = 'queued'"
+    )
+    with delivering(settings):
         settled(conn, 2)
     (found,) = rows(conn, "select * from webhook_endpoints")
     assert found["disabled_reason"] == "failing"
