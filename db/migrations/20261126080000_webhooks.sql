@@ -194,7 +194,7 @@ comment on column public.webhook_deliveries.url is 'The job''s own webhook_url; 
 comment on column public.webhook_deliveries.event is 'job.completed, job.failed, job.cancelled, or webhook.test.';
 comment on column public.webhook_deliveries.payload is 'What is sent: type, timestamp and data, but for the link to the job.';
 comment on column public.webhook_deliveries.status is 'queued, sending, delivered or failed; follows the queue job.';
-comment on column public.webhook_deliveries.attempts is 'Requests so far, the running one included.';
+comment on column public.webhook_deliveries.attempts is 'Requests so far of which it is known what came.';
 comment on column public.webhook_deliveries.queue_job_id is 'Id of the queue job in procrastinate.procrastinate_jobs.';
 comment on column public.webhook_deliveries.created_at is 'When the job ended.';
 comment on column public.webhook_deliveries.updated_at is 'When it last changed.';
@@ -401,7 +401,6 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   max_per_owner integer;
   paused boolean;
-  any_due boolean;
   here uuid;
   start uuid;
   around boolean := false;
