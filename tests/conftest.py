@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 import wave
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from itertools import count
+from contextlib import ExitStack, contextmanager
+from itertools import count, cycle
 from pathlib import Path
+from typing import TextIO
 from uuid import UUID, uuid4
 
 import psycopg
@@ -25,37 +27,64 @@ MEMORY = Path("/dev/shm")
 ENOUGH_MEMORY = 4 * 1024**3  # bytes
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+# As many files of the repository as there are processes: whoever has locked one has a seat.
+SEATS = sorted(Path(__file__).parent.glob("*.py"))[
+    : int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+]
 if PARALLEL:
     # Engines' threads that spin while they wait would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that run alone, while there is nobody to wait for."""
-    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+    """Begin with the tests that take most of the machine, while there is nobody to wait for."""
+    items.sort(key=_seats, reverse=True)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Keep the other processes from running anything beside a test that is marked ``alone``."""
-    with _turn(alone=item.get_closest_marker("alone") is not None):
+    """Let no more run beside a test than it bears: see the markers in pyproject.toml."""
+    with _seated(_seats(item)):
         return (yield)
 
 
+def _seats(item: pytest.Item) -> int:
+    if item.get_closest_marker("alone"):
+        return len(SEATS)
+    return min(2, len(SEATS)) if item.get_closest_marker("heavy") else 1
+
+
 @contextmanager
-def _turn(*, alone: bool) -> Iterator[None]:
-    """Share the machine, or have it alone. Whoever holds the gate goes next, so nobody starves."""
+def _seated(seats: int) -> Iterator[None]:
+    """Wait for as many seats. Whoever holds the gate goes next, so nobody starves."""
     if not PARALLEL:
         yield
         return
-    with (REPO / "pyproject.toml").open() as gate, Path(__file__).open() as room:
+    with ExitStack() as files:
+        gate = files.enter_context((REPO / "pyproject.toml").open())
+        seats_there = [files.enter_context(seat.open()) for seat in SEATS]
+        taken: list[TextIO] = []
         fcntl.flock(gate, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        for seat in cycle(seats_there):
+            if seat not in taken and _take(seat):
+                taken.append(seat)
+            if len(taken) == seats:
+                break
+            time.sleep(0.01)
         fcntl.flock(gate, fcntl.LOCK_UN)
         try:
             yield
         finally:
-            fcntl.flock(room, fcntl.LOCK_UN)  # forked children may have it open, too
+            for seat in taken:
+                fcntl.flock(seat, fcntl.LOCK_UN)  # forked children may have it open, too
+
+
+def _take(seat: TextIO) -> bool:
+    try:
+        fcntl.flock(seat, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session", autouse=True)

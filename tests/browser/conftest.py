@@ -40,13 +40,13 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-# A browser, a server and a worker have no time to spare: others would make time-outs of waits.
+# A browser, a server and a worker are a load of their own: two more would make time-outs of waits.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run each test of the browser alone."""
+    """Run no other test of a browser beside one, and only one of another kind."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker("alone")
+            item.add_marker("heavy")
 
 
 expect.set_options(timeout=30_000)
