@@ -50,6 +50,12 @@ def jobs(site: Site, seed: Seed, ann: tuple[UUID, str]) -> dict[str, UUID]:
     }  # fmt: skip
     seed.chunks(made["processing"], "What is there so far.", "")
     seed.peaks(made["completed"], [number % 200 for number in range(500)])
+    site.conn.execute(
+        "insert into webhook_endpoints (user_id, url, description, disabled_at) values"
+        " (%(owner)s, 'https://hooks.test/pgscribe', 'A note', null),"
+        " (%(owner)s, 'https://hooks.test/' || repeat('long', 50), null, now())",
+        {"owner": owner},
+    )
     site.conn.execute("select limit_owner(%s, weight => 2)", (owner,))
     site.conn.execute(
         "insert into transcript_corrections (job_id, segment, text, speaker)"
@@ -127,6 +133,23 @@ def show_operate(page: Page) -> None:
     expect(page.locator(".toast")).to_be_visible()
 
 
+def show_webhooks(page: Page) -> None:
+    expect(page.locator("#endpoints .name").first).to_be_visible()
+    page.locator("#adding summary").click()
+    page.get_by_role("button", name="Add it").click()
+    expect(page.locator("#add-problem")).to_be_visible()
+    page.get_by_role("button", name="Send a test").click()
+    expect(page.locator(".toast")).to_be_visible()
+    page.get_by_role("button", name="New secret").first.click()
+    page.get_by_role("button", name="Make it").click()
+    expect(page.locator("#secret")).to_be_visible()
+
+
+def show_webhook(page: Page) -> None:
+    page.get_by_role("button", name="Details of").first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+
+
 def show_dialog(page: Page) -> None:
     show_operate(page)
     page.get_by_role("button", name="Pause the queue").click()
@@ -142,6 +165,8 @@ PAGES: dict[str, tuple[str, Callable[[Page], None] | None]] = {
     "cancelled": ("cancelled", None),
     "queued": ("queued", None),
     "processing": ("processing", None),
+    "webhooks": ("/app/webhooks", show_webhooks),
+    "a webhook": ("/app/webhooks", show_webhook),
     "operate": ("/app/operate", show_operate),
     "dialog": ("/app/operate", show_dialog),
     "not found": ("/app/nowhere", None),

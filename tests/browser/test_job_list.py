@@ -503,7 +503,9 @@ def test_all_is_reached_by_tab(page: Page, work: Work, user: User) -> None:
         if found.startswith("Options"):
             page.keyboard.press("Enter")
         page.keyboard.press("Tab")
-    assert reached[:5] == ["Skip to content", "pgscribe", "Transcripts", "API", "Sign out"]
+    assert reached[:6] == [
+        "Skip to content", "pgscribe", "Transcripts", "Webhooks", "API", "Sign out",
+    ]  # fmt: skip
     rest = [
         "Choose files", "Record", "Options language detected, base model", "Language spoken",
         "Model", "Names and words to expect",
@@ -512,7 +514,7 @@ def test_all_is_reached_by_tab(page: Page, work: Work, user: User) -> None:
         "All", "Search in transcripts", "waits.mp3", "Cancel waits.mp3", "talk.mp3",
         "Retry talk.mp3", "Delete talk.mp3",
     ]  # fmt: skip
-    assert reached[5:] == rest
+    assert reached[6:] == rest
     page.locator("#record").focus()
     page.keyboard.press("Shift+Tab")
     label = page.locator("label[for=files]")

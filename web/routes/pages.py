@@ -13,6 +13,7 @@ from jobs import operate as operators
 from jobs import service
 from jobs.database import as_user
 from jobs.errors import JobNotFound, NotAnOperator
+from jobs.webhooks import EVENTS
 from web.auth import Principal
 from web.languages import NAMES
 from web.pages import HOME, page_user, render, static_files
@@ -47,6 +48,11 @@ async def jobs(request: Request, user: Principal) -> Response:
     return render(request, "jobs.html", {"languages": languages, "models": MODELS}, user=user)
 
 
+async def webhooks(request: Request, user: Principal) -> Response:
+    """``GET /app/webhooks``: who is told that jobs have ended, and what they were told."""
+    return render(request, "webhooks.html", {"events": EVENTS}, user=user)
+
+
 async def operate(request: Request, user: Principal) -> Response:
     """``GET /app/operate``: the queue, its workers and owners, failures, cost."""
     if not request.state.operator:
@@ -78,6 +84,7 @@ def routes() -> list[Route | Mount]:
         static_files(),
         Route(HOME, _signed_in(jobs)),
         Route(f"{HOME}/jobs/{{job_id}}", _signed_in(job)),
+        Route(f"{HOME}/webhooks", _signed_in(webhooks)),
         Route(f"{HOME}/operate", _signed_in(operate)),
         Route(f"{HOME}/{{path:path}}", _signed_in(unknown)),
     ]

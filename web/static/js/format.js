@@ -62,3 +62,12 @@ export function plural(count, one, many = `${one}s`) {
 export function fileName(path) {
   return path.slice(path.lastIndexOf("/") + 1);
 }
+
+/** Return whom a URL leads to: its host and port. */
+export function hostOf(url) {
+  try {
+    return new URL(url).host;
+  } catch {
+    return "–";
+  }
+}

@@ -2,7 +2,7 @@
 
 import { api } from "./api.js";
 import { byId, h } from "./dom.js";
-import { ago, dateAndTime, plural } from "./format.js";
+import { ago, dateAndTime, hostOf, plural } from "./format.js";
 import { toast } from "./toasts.js";
 
 const LEFT = "that waits, or whose endpoint is disabled,";
@@ -96,13 +96,5 @@ export class Deliveries {
     }
     await this.load();
     this.onChange();
-  }
-}
-
-function hostOf(url) {
-  try {
-    return new URL(url).host;
-  } catch {
-    return "–";
   }
 }
