@@ -28,7 +28,6 @@ from web.auth import issue_token
 
 USER_ID = UUID("00000000-0000-4000-8000-000000000001")
 USER_EMAIL = "dev@pgscribe.local"
-WEBHOOK_NETWORKS = "PGSCRIBE_WEBHOOK_NETWORKS"
 LOOPBACK = "127.0.0.0/8,::1/128"
 TOKEN_LIFETIME = 7 * 24 * 3600  # seconds
 START_TIMEOUT = 60  # seconds
@@ -93,9 +92,16 @@ class Embedded:
         return self._secret("sign-in-password", secrets.token_urlsafe(18))
 
     @property
-    def _sets_webhook_networks(self) -> bool:
-        """Whether the user has said where webhooks may go; else also to this machine."""
-        return "webhook_networks" in self.settings.model_fields_set
+    def _worker_environment(self) -> dict[str, str]:
+        """What workers are told about webhooks where the user has not said otherwise."""
+        settings = self.settings
+        told = {}
+        if "webhook_networks" not in settings.model_fields_set:
+            told["PGSCRIBE_WEBHOOK_NETWORKS"] = LOOPBACK
+        # Modal can't reach this machine: it has to be told so, not to try.
+        if settings.public_url is None and settings.compute == "local":
+            told["PGSCRIBE_PUBLIC_URL"] = self.url
+        return told
 
     def _secret(self, name: str, new: str) -> str:
         """Return the secret that is kept under a name: a new one the first time."""
@@ -115,8 +121,7 @@ class Embedded:
                 operate.add(conn, str(USER_ID))
             web = {"PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": self.sign_in_password}
             stack.enter_context(self._child("web", "--port", str(self._port), environment=web))
-            worker = {} if self._sets_webhook_networks else {WEBHOOK_NETWORKS: LOOPBACK}
-            stack.enter_context(self._child("worker", environment=worker))
+            stack.enter_context(self._child("worker", environment=self._worker_environment))
             self._wait_for_web()
             stack.enter_context(self._environment_file())
             self._stack = stack.pop_all()

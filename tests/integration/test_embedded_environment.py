@@ -136,13 +136,21 @@ def webhooks(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("dev")
-def test_dev_lets_webhooks_reach_this_machine(folder: Path) -> None:
+def test_dev_lets_webhooks_reach_this_machine_and_lead_back_to_it(
+    folder: Path, printed: dict[str, str]
+) -> None:
     with receiving() as receiver:
         url = f"http://localhost:{receiver.port}/hook"
         secret = webhooks(folder, "create", url, "--user", str(USER_ID))
         delivery = webhooks(folder, "test", webhooks(folder, "endpoints").split()[0])
         (request,) = receiver.expect(1)
-    assert (request.verified(secret)["type"], request.id) == ("webhook.test", delivery)
+        assert (request.verified(secret)["type"], request.id) == ("webhook.test", delivery)
+        (folder / "text.mp3").write_text("no sound")
+        subprocess.run([*PGSCRIBE, "transcribe", "text.mp3"], cwd=folder, check=False)
+        (*_, told) = receiver.expect(2)
+    token = {"Authorization": f"Bearer {printed['token']}"}
+    job = httpx2.get(told.verified(secret)["data"]["url"], headers=token).json()
+    assert (job["status"], job["error_code"]) == ("failed", "invalid_audio")
 
 
 @pytest.fixture
