@@ -65,6 +65,7 @@ def main() -> None:
       pgscribe worker                  as many as you like
       pgscribe deploy                  put the functions on Modal, for PGSCRIBE_COMPUTE=modal
       pgscribe setup-storage           make the bucket, for PGSCRIBE_STORAGE=supabase
+      pgscribe make-keys               secrets of a self-hosted Supabase, for docker compose
     """
 
 
@@ -253,6 +254,32 @@ def setup_storage(*, check: bool) -> None:
 
     asyncio.run(setup.run(Settings.load(), click.echo, check=check))
     click.echo("Up to date; use it with PGSCRIBE_STORAGE=supabase")
+
+
+@main.command("make-keys")
+@click.option("--missing", is_flag=True, help="Add what .env lacks; change nothing that it has.")
+@click.option("--renew", "names", multiple=True, metavar="NAME", help="Replace a secret of .env.")
+@friendly
+def make_keys(*, missing: bool, names: tuple[str, ...]) -> None:
+    """Make the secrets and keys of a self-hosted Supabase: .env, from .env.example.
+
+    Run it in the folder with docker-compose.yml. An .env that exists is never overwritten. No
+    secret is printed; only the file's owner can read it. See docs/self-hosting.md.
+    """
+    from jobs import self_hosting
+
+    template, target = Path(".env.example"), Path(".env")
+    if missing and names:
+        raise click.UsageError("Give either --missing or --renew.")
+    if names:
+        made = self_hosting.renew(target, names)
+    elif missing:
+        made = self_hosting.complete(template, target)
+    else:
+        made = self_hosting.create(template, target)
+    for name in made:
+        click.echo(f"made  {name}")
+    click.echo(f"{target} has all secrets; keep a copy where your backups are")
 
 
 def _options(**options: Any) -> dict[str, Any]:
