@@ -96,7 +96,9 @@ def test_what_is_missing_is_added_and_the_rest_stays(folder: Path) -> None:
     text = (folder / ".env").read_text()
     text = text.replace(f"ANON_KEY={env['ANON_KEY']}\n", "ANON_KEY=\n")
     text = text.replace("DISABLE_SIGNUP=true\n", "").replace("JWT_EXPIRY=3600", "JWT_EXPIRY=600")
-    text = "".join(line for line in text.splitlines(True) if not line.startswith("JWT_JWKS="))
+    text = "".join(
+        line for line in text.splitlines(keepends=True) if not line.startswith("JWT_JWKS=")
+    )
     (folder / ".env").write_text(text + "MINE=1\n")
     done = make_keys("--missing")
     assert done.exit_code == 0, done.output
