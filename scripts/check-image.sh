@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Does what the Dockerfile does, without Docker: builds the wheels of a target, installs them and
+# nothing else into an empty environment, and runs migrate, web and worker from there as `nobody`,
+# with a home that can't be written to, on an embedded Postgres. Run it as root, from anywhere:
+#   scripts/check-image.sh [pgscribe|local]
+# It needs the .venv of `make` for the Postgres, or another Python with it in PYTHON.
+set -euo pipefail
+
+target=${1:-pgscribe}
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+case $target in
+  pgscribe) wanted=. compute=modal ;;
+  local) wanted='.[local]' compute=local ;;
+  *) echo "check-image.sh: no such target: $target" >&2; exit 2 ;;
+esac
+
+work=$(mktemp -d)
+children=()
+clean_up() {
+  for child in "${children[@]}"; do kill "$child" 2>/dev/null || true; done
+  wait
+  rm -rf "$work"
+}
+trap clean_up EXIT
+chmod 755 "$work"
+mkdir -p "$work/source" "$work/data" "$work/home"
+chown nobody "$work/data"
+chmod 555 "$work/home"
+
+echo "Building wheels and installing them …"
+tar -C "$root" --exclude=__pycache__ --exclude='*.egg-info' -cf - \
+  pyproject.toml README.md LICENSE constraints.txt db jobs modal_functions web | tar -C "$work/source" -xf -
+"$python" -m venv "$work/venv"
+(cd "$work/source" && "$work/venv/bin/pip" --disable-pip-version-check wheel --quiet \
+  --wheel-dir "$work/wheels" --constraint constraints.txt "$wanted")
+before=$(du -sm "$work/venv" | cut -f1)
+"$work/venv/bin/pip" --disable-pip-version-check install --quiet --no-index --no-deps "$work"/wheels/*.whl
+"$work/venv/bin/pip" check
+if [[ -d $(echo "$work"/venv/lib/python3*/site-packages)/torch ]]; then
+  echo "check-image.sh: torch was installed" >&2
+  exit 1
+fi
+echo "$(find "$work/wheels" -name '*.whl' | wc -l) packages, $(($(du -sm "$work/venv" | cut -f1) - before)) MB installed"
+
+cat >"$work/database.py" <<'PY'
+import sys
+from pathlib import Path
+from db.embedded import EmbeddedPostgres
+with EmbeddedPostgres(Path(sys.argv[1])) as server:
+    print(server.url(), flush=True)
+    sys.stdin.read()
+PY
+mkfifo "$work/until"
+(cd "$root" && exec env PYTHONPATH="$root" "$python" "$work/database.py" "$work/postgres" \
+  <"$work/until" >"$work/url") &
+children+=($!)
+exec 9>"$work/until"
+for _ in $(seq 300); do [[ -s $work/url ]] && break; sleep 0.1; done
+
+as_nobody() {
+  cd "$work/data"
+  exec setpriv --reuid=65534 --regid=65534 --clear-groups env -i PATH="$work/venv/bin:/usr/bin:/bin" \
+    HOME="$work/home" PYTHONDONTWRITEBYTECODE=1 PGSCRIBE_DATABASE_URL="$(<"$work/url")" \
+    PGSCRIBE_STORAGE=supabase PGSCRIBE_SUPABASE_URL=http://127.0.0.1:9 \
+    PGSCRIBE_SUPABASE_SECRET_KEY=sb_secret_none PGSCRIBE_COMPUTE="$compute" \
+    PGSCRIBE_WORKER_HEALTH_PORT=9464 MODAL_TOKEN_ID=ak-none MODAL_TOKEN_SECRET=as-none "$@"
+}
+(as_nobody pgscribe --version)
+(as_nobody bash -c 'time python -c "import web.app"') 2>&1 | sed -n 's/^real/importing the web server took/p'
+(as_nobody pgscribe migrate) | tail -n 1
+(as_nobody pgscribe web --port 18000) >"$work/web.log" 2>&1 &
+web=$!
+children+=("$web")
+(as_nobody pgscribe worker) >"$work/worker.log" 2>&1 &
+worker=$!
+children+=("$worker")
+for _ in $(seq 300); do
+  if "$python" -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:18000/healthz', timeout=4)" \
+    2>/dev/null && grep -q 'Starting worker' "$work/worker.log"; then
+    up=1
+    break
+  fi
+  if ! kill -0 "$web" "$worker"; then break; fi
+  sleep 0.1
+done
+if [[ -z ${up:-} ]]; then
+  cat "$work/web.log" "$work/worker.log" >&2
+  exit 1
+fi
+for name in web worker; do
+  grep -h VmRSS "/proc/${!name}/status" | sed "s/^VmRSS: */$name is up, with /"
+done
+kill -TERM "$web" "$worker"
+wait "$web"
+wait "$worker"
+if [[ $(ls -A "$work/home") ]]; then
+  echo "check-image.sh: something wrote into HOME" >&2
+  exit 1
+fi
+echo "Both stopped on SIGTERM with status 0; nothing was written into HOME"
