@@ -3,12 +3,14 @@
 # nothing else into an empty environment, and runs migrate, web and worker from there as `nobody`,
 # with a home that can't be written to, on an embedded Postgres. Run it as root, from anywhere:
 #   scripts/check-image.sh [pgscribe|local]
-# It needs the .venv of `make` for the Postgres, or another Python with it in PYTHON.
+# It needs the .venv of `make` for pip and the Postgres, or another Python that has them in PYTHON,
+# and in BASE a Python that `nobody` can run, of the same version.
 set -euo pipefail
 
 target=${1:-pgscribe}
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
+base=${BASE:-/usr/bin/python3}
 case $target in
   pgscribe) wanted=. compute=modal ;;
   local) wanted='.[local]' compute=local ;;
@@ -31,12 +33,13 @@ chmod 555 "$work/home"
 echo "Building wheels and installing them …"
 tar -C "$root" --exclude=__pycache__ --exclude='*.egg-info' -cf - \
   pyproject.toml README.md LICENSE constraints.txt db jobs modal_functions web | tar -C "$work/source" -xf -
-"$python" -m venv "$work/venv"
-(cd "$work/source" && "$work/venv/bin/pip" --disable-pip-version-check wheel --quiet \
-  --wheel-dir "$work/wheels" --constraint constraints.txt "$wanted")
+"$base" -m venv --without-pip "$work/venv"
+pip=("$python" -m pip --disable-pip-version-check)
+(cd "$work/source" && "${pip[@]}" wheel --quiet --wheel-dir "$work/wheels" \
+  --constraint constraints.txt "$wanted")
 before=$(du -sm "$work/venv" | cut -f1)
-"$work/venv/bin/pip" --disable-pip-version-check install --quiet --no-index --no-deps "$work"/wheels/*.whl
-"$work/venv/bin/pip" check
+"${pip[@]}" --python "$work/venv/bin/python" install --quiet --no-index --no-deps "$work"/wheels/*.whl
+"${pip[@]}" --python "$work/venv/bin/python" check
 if [[ -d $(echo "$work"/venv/lib/python3*/site-packages)/torch ]]; then
   echo "check-image.sh: torch was installed" >&2
   exit 1

@@ -15,6 +15,7 @@
 -- A statement that fails would be logged with the password in it.
 set log_min_error_statement = panic;
 set log_statement = 'none';
+set client_min_messages = warning;
 
 begin;
 alter role postgres with password :'postgres_password';

@@ -59,9 +59,9 @@ def compose() -> str:
 
 def run(env_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     names = {"PATH", "HOME"}
+    files = ("--project-directory", str(REPO), "--env-file", str(env_file))
     return subprocess.run(
-        [*compose().split(), "--project-directory", str(REPO), "--env-file", str(env_file)]
-        + [*arguments],
+        [*compose().split(), *files, *arguments],
         env={name: value for name, value in os.environ.items() if name in names},
         capture_output=True,
         text=True,
@@ -91,7 +91,7 @@ def environment(services: Services, name: str) -> dict[str, str]:
 def test_each_variable_is_in_the_example_and_each_of_the_example_is_used() -> None:
     text = (REPO / "docker-compose.yml").read_text(encoding="utf-8")
     text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
-    asked = {name: how for name, how in VARIABLE.findall(text.replace("$$", ""))}
+    asked = dict(VARIABLE.findall(text.replace("$$", "")))
     example = dotenv_values(REPO / ".env.example")
     assert set(asked) | {"COMPOSE_PROFILES"} == set(example)
     # What has no value of use is not made up: Compose refuses to start.
