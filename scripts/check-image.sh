@@ -46,29 +46,53 @@ if [[ -d $(echo "$work"/venv/lib/python3*/site-packages)/torch ]]; then
 fi
 echo "$(find "$work/wheels" -name '*.whl' | wc -l) packages, $(($(du -sm "$work/venv" | cut -f1) - before)) MB installed"
 
-cat >"$work/database.py" <<'PY'
+cat >"$work/services.py" <<'PY'
+import shlex
 import sys
 from pathlib import Path
 from db.embedded import EmbeddedPostgres
-with EmbeddedPostgres(Path(sys.argv[1])) as server:
-    print(server.url(), flush=True)
+from tests.local_modal.server import in_thread
+from tests.local_modal.settings import Settings
+modal = in_thread(Settings(apps=("modal_functions.app:app",)))
+with EmbeddedPostgres(Path(sys.argv[1])) as server, modal as address:
+    said = address.environment() | {"PGSCRIBE_DATABASE_URL": server.url()}
+    Path(sys.argv[2]).write_text("".join(f"export {k}={shlex.quote(v)}\n" for k, v in said.items()))
     sys.stdin.read()
 PY
 mkfifo "$work/until"
-(cd "$root" && exec env PYTHONPATH="$root" "$python" "$work/database.py" "$work/postgres" \
-  <"$work/until" >"$work/url") &
+(cd "$root" && exec env PYTHONPATH="$root" "$python" "$work/services.py" "$work/postgres" \
+  "$work/services" <"$work/until") &
 children+=($!)
-exec 9>"$work/until"
-for _ in $(seq 300); do [[ -s $work/url ]] && break; sleep 0.1; done
+exec 9>"$work/until" # which ends them, however this script ends
+for _ in $(seq 600); do
+  [[ -s $work/services ]] && break
+  sleep 0.1
+done
+# shellcheck source=/dev/null
+source "$work/services"
 
 as_nobody() {
   cd "$work/data"
   exec setpriv --reuid=65534 --regid=65534 --clear-groups env -i PATH="$work/venv/bin:/usr/bin:/bin" \
-    HOME="$work/home" PYTHONDONTWRITEBYTECODE=1 PGSCRIBE_DATABASE_URL="$(<"$work/url")" \
+    HOME="$work/home" PYTHONDONTWRITEBYTECODE=1 PGSCRIBE_DATABASE_URL="$PGSCRIBE_DATABASE_URL" \
     PGSCRIBE_STORAGE=supabase PGSCRIBE_SUPABASE_URL=http://127.0.0.1:9 \
     PGSCRIBE_SUPABASE_SECRET_KEY=sb_secret_none PGSCRIBE_COMPUTE="$compute" \
-    PGSCRIBE_WORKER_HEALTH_PORT=9464 MODAL_TOKEN_ID=ak-none MODAL_TOKEN_SECRET=as-none "$@"
+    MODAL_SERVER_URL="$MODAL_SERVER_URL" MODAL_TOKEN_ID="$MODAL_TOKEN_ID" \
+    MODAL_TOKEN_SECRET="$MODAL_TOKEN_SECRET" MODAL_CONFIG_PATH=/dev/null "$@"
 }
+is_up() {
+  "$python" - <<'PY' 2>/dev/null
+import os, urllib.request
+import psycopg
+urllib.request.urlopen("http://127.0.0.1:18000/healthz", timeout=4)
+with psycopg.connect(os.environ["PGSCRIBE_DATABASE_URL"]) as conn:
+    assert conn.execute("select from procrastinate.procrastinate_workers").fetchone()
+PY
+}
+if [[ $target = local ]]; then
+  (as_nobody python -c 'import faster_whisper, imageio_ffmpeg, subprocess
+subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], check=True)') | head -n 1
+fi
 (as_nobody pgscribe --version)
 (as_nobody bash -c 'time python -c "import web.app"') 2>&1 | sed -n 's/^real/importing the web server took/p'
 (as_nobody pgscribe migrate) | tail -n 1
@@ -78,14 +102,13 @@ children+=("$web")
 (as_nobody pgscribe worker) >"$work/worker.log" 2>&1 &
 worker=$!
 children+=("$worker")
-for _ in $(seq 300); do
-  if "$python" -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:18000/healthz', timeout=4)" \
-    2>/dev/null && grep -q 'Starting worker' "$work/worker.log"; then
+for _ in $(seq 100); do
+  if is_up; then
     up=1
     break
   fi
-  if ! kill -0 "$web" "$worker"; then break; fi
-  sleep 0.1
+  kill -0 "$web" "$worker" || break
+  sleep 0.2
 done
 if [[ -z ${up:-} ]]; then
   cat "$work/web.log" "$work/worker.log" >&2
