@@ -5,7 +5,7 @@ Both do the same: what they do is in ``jobs.client_flows``, what they say and ar
 but never what would then be done twice: a job is submitted under an idempotency key.
 
 All methods raise ``RequestFailed``, with the server's own code and message, and
-``ServerUnreachable``.
+``ServerUnreachable``. ``webhooks`` has the methods for webhooks.
 """
 
 import asyncio
@@ -59,7 +59,14 @@ from jobs.client_requests import (
     TextFormat,
     TranscriptFormat,
 )
-from jobs.errors import InvalidInput, RequestFailed, ServerUnreachable, WaitTimedOut
+from jobs.client_webhooks import AsyncWebhooks, Webhooks, verify_webhook
+from jobs.errors import (
+    InvalidInput,
+    RequestFailed,
+    ServerUnreachable,
+    WaitTimedOut,
+    WebhookNotVerified,
+)
 from jobs.models import (
     Hit,
     JobStatus,
@@ -85,6 +92,8 @@ __all__ = [
     "SearchResult",
     "ServerUnreachable",
     "WaitTimedOut",
+    "WebhookNotVerified",
+    "verify_webhook",
 ]
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -286,6 +295,7 @@ class JobClient(_Connection[str | Callable[[], str]]):
     ) -> None:
         super().__init__(url, token, user_id=user_id, timeout=timeout, retries=retries)
         self._http = httpx2.Client(**self._transport())
+        self.webhooks = Webhooks(self._flows, self._run, self._items)
 
     def close(self) -> None:
         """Close the connections."""
@@ -389,7 +399,7 @@ class JobClient(_Connection[str | Callable[[], str]]):
 
     def delete(self, job_id: UUID | str) -> None:
         """Delete a job and its transcript."""
-        self._run(self._flows.delete(_job_id(job_id)))
+        self._run(self._flows.delete(requests.delete(_job_id(job_id))))
 
     def follow(self, job_id: UUID | str) -> Iterator[JobEvent]:
         """Yield a job's events as they happen, until it has ended or is deleted.
@@ -527,6 +537,7 @@ class AsyncJobClient(_Connection[AsyncToken]):
     ) -> None:
         super().__init__(url, token, user_id=user_id, timeout=timeout, retries=retries)
         self._http = httpx2.AsyncClient(**self._transport())
+        self.webhooks = AsyncWebhooks(self._flows, self._run, self._items)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -632,7 +643,7 @@ class AsyncJobClient(_Connection[AsyncToken]):
 
     async def delete(self, job_id: UUID | str) -> None:
         """Delete a job and its transcript."""
-        await self._run(self._flows.delete(_job_id(job_id)))
+        await self._run(self._flows.delete(requests.delete(_job_id(job_id))))
 
     def follow(self, job_id: UUID | str) -> AsyncGenerator[JobEvent, None]:
         """Yield a job's events as they happen, as ``JobClient.follow`` does.

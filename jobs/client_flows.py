@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 from uuid import UUID, uuid4
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jobs import client_requests as requests
 from jobs.backoff import Backoff
@@ -40,6 +40,7 @@ from jobs.server_sent_events import EventReader, StreamUnreadable
 
 T = TypeVar("T")
 ItemT = TypeVar("ItemT")
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 TUS = {"Tus-Resumable": "1.0.0"}
 TUS_CHUNK = 6 * 1024 * 1024  # bytes; Supabase asks for exactly that
@@ -106,6 +107,8 @@ class Item:
 
 Step = Send | Open | Read | Pause | Call | Item
 Flow = Generator[Step, Any, T]
+# Asks for so many items from a cursor on; returns them, and the next cursor.
+AskPage = Callable[[int, str | None], Flow[tuple[Sequence[Any], str | None]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +235,15 @@ class Flows:
         reply = yield from self._ask(request, deadline)
         return requests.parse(ProcessingJob, reply)
 
+    def answer(self, model: type[ModelT], request: Request) -> Flow[ModelT]:
+        """Send a request, and return what it is answered with."""
+        reply = yield from self._ask(request)
+        return requests.parse(model, reply)
+
+    def pages(self, ask: AskPage, limit: int | None) -> Flow[None]:
+        """Yield what is on all pages, at most ``limit``."""
+        yield from _pages(ask, limit)
+
     def list_jobs(self, status: JobStatus | None, limit: int | None) -> Flow[None]:
         """Yield jobs, page by page."""
 
@@ -252,9 +264,9 @@ class Flows:
 
         yield from _pages(ask, limit)
 
-    def delete(self, job_id: UUID) -> Flow[None]:
-        """Delete a job. If no answer came the first time, it may be gone the second."""
-        answered = yield from self._exchange(requests.delete(job_id))
+    def delete(self, request: Request) -> Flow[None]:
+        """Delete something. If no answer came the first time, it may be gone the second."""
+        answered = yield from self._exchange(request)
         if not (answered.in_doubt and answered.reply.status == HTTPStatus.NOT_FOUND):
             requests.done(answered.reply)
 
@@ -367,9 +379,7 @@ class Flows:
                 return job
 
 
-def _pages(
-    ask: Callable[[int, str | None], Flow[tuple[Sequence[Any], str | None]]], limit: int | None
-) -> Flow[None]:
+def _pages(ask: AskPage, limit: int | None) -> Flow[None]:
     cursor: str | None = None
     left = float("inf") if limit is None else limit
     while left > 0:

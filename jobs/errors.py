@@ -36,6 +36,12 @@ class InvalidInput(PgscribeError):
         self.field = field
 
 
+class WebhookNotVerified(PgscribeError):
+    """A request was not made by pgscribe, or not for this secret, or long ago."""
+
+    code = "webhook_not_verified"
+
+
 class TooLarge(PgscribeError):
     """What was sent is larger than the limit. ``limit`` is in bytes."""
 

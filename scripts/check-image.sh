@@ -86,7 +86,7 @@ import os, urllib.request
 import psycopg
 urllib.request.urlopen("http://127.0.0.1:18000/healthz", timeout=4)
 with psycopg.connect(os.environ["PGSCRIBE_DATABASE_URL"]) as conn:
-    assert conn.execute("select from procrastinate.procrastinate_workers").fetchone()
+    assert conn.execute("select id from procrastinate.procrastinate_workers").fetchone()
 PY
 }
 if [[ $target = local ]]; then

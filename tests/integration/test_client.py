@@ -28,6 +28,7 @@ from jobs.client import (
     ServerUnreachable,
     WaitTimedOut,
 )
+from jobs.client_webhooks import AsyncWebhooks
 from jobs.errors import InvalidInput
 from jobs.models import JobStatus, TranscriptionOptions
 from jobs.settings import Settings
@@ -44,7 +45,7 @@ MakeClient = Callable[..., JobClient]
 class Blocking:
     """An ``AsyncJobClient`` that is called as a ``JobClient`` is."""
 
-    def __init__(self, client: AsyncJobClient, runner: asyncio.Runner) -> None:
+    def __init__(self, client: AsyncJobClient | AsyncWebhooks, runner: asyncio.Runner) -> None:
         self._client = client
         self._runner = runner
 
@@ -53,6 +54,8 @@ class Blocking:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
+        if not callable(method):  # a part of the client
+            return Blocking(method, self._runner)
 
         def call(*arguments: Any, **named: Any) -> Any:
             result = method(*arguments, **named)

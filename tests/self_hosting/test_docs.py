@@ -80,7 +80,7 @@ def test_a_project_is_prepared_and_left_as_it_was(empty: str) -> None:
         assert "applied now" in up_to_date
         assert status.startswith("0 of ")
         mine = "insert into supabase_migrations.schema_migrations values"
-        conn.execute(f"{mine} ('20261124030303', '{{create table mine (id int)}}', 'mine')")  # type: ignore[call-overload]
+        conn.execute(f"{mine} ('20261124030303', '{{create table mine (id int)}}', 'mine')")
         assert len(objects(conn)) > len(before) + 30
         conn.execute(BLOCKS["remove"].code.encode())
         assert objects(conn) == before

@@ -6,6 +6,7 @@ from uuid import UUID
 
 from jobs.client import AsyncJobClient, JobChanged, JobClient, JobEvent, NewJob, SearchResult
 from jobs.models import JobSummary, ProcessingJob, Transcript, TranscriptionOptions
+from jobs.webhooks import Delivery, DeliveryLog, Endpoint, NewEndpoint
 
 
 def blocking(job_id: UUID) -> None:
@@ -28,6 +29,13 @@ def blocking(job_id: UUID) -> None:
         assert_type(client.search("words"), Iterator[SearchResult])
         assert_type(client.download_audio(job_id, "talk.mp3"), int)
         assert_type(client.update_job_status(job_id, progress=0.5), JobChanged)
+        assert_type(client.webhooks.create("https://a/b", ["job.failed"]), NewEndpoint)
+        client.webhooks.create("https://a/b", ["job.started"])  # type: ignore[list-item]
+        assert_type(client.webhooks.endpoints(), list[Endpoint])
+        assert_type(client.webhooks.update(job_id, enabled=True), Endpoint)
+        assert_type(client.webhooks.rotate_secret(), str)
+        assert_type(client.webhooks.deliveries(status="failed"), Iterator[Delivery])
+        assert_type(client.webhooks.replay(str(job_id)), DeliveryLog)
 
 
 async def awaited(job_id: UUID) -> None:
@@ -43,4 +51,6 @@ async def awaited(job_id: UUID) -> None:
         assert_type(client.list_jobs(), AsyncGenerator[JobSummary, None])
         assert_type(await client.transcript(job_id, original=True), Transcript)
         assert_type(await client.transcript(job_id, "vtt"), str)
+        assert_type(await client.webhooks.send_test(job_id), DeliveryLog)
+        assert_type(client.webhooks.deliveries(job=job_id), AsyncGenerator[Delivery, None])
     JobClient("https://example.org", current)  # type: ignore[arg-type]
