@@ -118,10 +118,18 @@ for name in web worker; do
   grep -h VmRSS "/proc/${!name}/status" | sed "s/^VmRSS: */$name is up, with /"
 done
 kill -TERM "$web" "$worker"
-wait "$web"
-wait "$worker"
+for child in "$web" "$worker"; do
+  status=0
+  wait "$child" || status=$?
+  # uvicorn hands the signal on, once it has stopped in order.
+  if [[ $status != 0 && $status != 143 ]]; then
+    echo "check-image.sh: ended with status $status" >&2
+    cat "$work/web.log" "$work/worker.log" >&2
+    exit 1
+  fi
+done
 if [[ $(ls -A "$work/home") ]]; then
   echo "check-image.sh: something wrote into HOME" >&2
   exit 1
 fi
-echo "Both stopped on SIGTERM with status 0; nothing was written into HOME"
+echo "Both stopped on SIGTERM; nothing was written into HOME"

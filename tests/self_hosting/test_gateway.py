@@ -3,6 +3,7 @@
 import json
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,15 +13,21 @@ from uuid import UUID
 import httpx2
 import jwt
 import pytest
+import yaml
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as serve_websocket
 
 from jobs.settings import Settings
 from jobs.storage.supabase import SupabaseStorage
+from tests.conftest import REPO
 from tests.live import serve
 from tests.self_hosting.envoy import CONFIG, ENVOY, SERVICES, config, gateway, source
 from tests.supabase_storage.server import Bucket, StandIn, make_app
@@ -207,10 +214,35 @@ def test_pages_of_any_origin_may_use_the_api(url: str, keys: Keys) -> None:
     assert "access-control-allow-credentials" not in answer.headers
 
 
-def test_a_service_that_is_away(keys: Keys, tmp_path: Path) -> None:
-    with gateway(tmp_path, keys, {}) as address:
-        key = {"apikey": keys["SUPABASE_SECRET_KEY"]}
-        assert httpx2.get(f"{address}/rest/v1/x", headers=key).status_code == 503
+def test_websockets_pass_and_what_is_away_is_said_to_be(keys: Keys, tmp_path: Path) -> None:
+    def answer(connection: ServerConnection) -> None:
+        assert connection.request is not None
+        connection.send(connection.request.path)
+        connection.send(connection.recv())
+
+    compose = yaml.safe_load((REPO / "docker-compose.yml").read_text(encoding="utf-8"))
+    shell, *arguments = compose["services"]["gateway"]["healthcheck"]["test"][1:]
+    with serve_websocket(answer, "127.0.0.1", 0) as realtime:
+        thread = threading.Thread(target=realtime.serve_forever)
+        thread.start()
+        port = realtime.socket.getsockname()[1]
+        with gateway(tmp_path, keys, {"realtime": f"http://127.0.0.1:{port}"}) as address:
+            admin = (tmp_path / "admin").read_text().rpartition(":")[2]
+            check = [shell, *(part.replace("9901", admin) for part in arguments)]
+            assert subprocess.run(check, check=False).returncode == 0
+            asked = f"{address}/realtime/v1/websocket?vsn=1.0.0&apikey="
+            with connect(asked.replace("http", "ws", 1) + keys["ANON_KEY"]) as socket:
+                path = f"/socket/websocket?vsn=1.0.0&apikey={keys['ANON_KEY']}"
+                assert socket.recv(10) == path
+                socket.send("joined")
+                assert socket.recv(10) == "joined"
+            with pytest.raises(InvalidStatus):
+                connect(asked.replace("http", "ws", 1) + "guessed")
+            key = {"apikey": keys["SUPABASE_SECRET_KEY"]}
+            assert httpx2.get(f"{address}/rest/v1/x", headers=key).status_code == 503
+        realtime.shutdown()
+        thread.join()
+    assert subprocess.run(check, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
 @pytest.mark.parametrize("name", ["SUPABASE_SECRET_KEY", "DASHBOARD_PASSWORD"])
