@@ -1,6 +1,7 @@
 """What goes into the image, as the Dockerfile says; scripts/check-image.sh builds and runs it."""
 
 import fnmatch
+import json
 import re
 import subprocess
 import sys
@@ -9,9 +10,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
+from jobs.settings import Settings
 from tests.conftest import REPO
+from tests.live import serve
+from web.app import create_app
 
 DOCKERFILE = (REPO / "Dockerfile").read_text(encoding="utf-8")
 TOOLS = Path(sys.executable).parent
@@ -96,6 +101,23 @@ def built() -> list[str]:
     lines = re.findall(r"pip wheel (.*?)(?: \\)?$", DOCKERFILE, re.MULTILINE)
     assert [line.split()[-1] for line in lines] == [".", "'.[local]'"]
     return lines
+
+
+def test_the_web_server_says_how_it_is(settings: Settings) -> None:
+    compose = yaml.safe_load((REPO / "docker-compose.yml").read_text(encoding="utf-8"))
+    check = compose["services"]["web"]["healthcheck"]["test"]
+    written = re.search(r"HEALTHCHECK .*\n\s+CMD (\[.*\])", DOCKERFILE)
+    assert written is not None
+    assert ["CMD", *json.loads(written[1])] == check
+    # A worker is asked in the same way, at its own port.
+    worker = compose["services"]["worker-local"]
+    port = worker["environment"]["PGSCRIBE_WORKER_HEALTH_PORT"]
+    assert worker["healthcheck"]["test"] == [part.replace("8000", port) for part in check]
+    with serve(create_app(settings)) as url:
+        here = [part.replace("http://127.0.0.1:8000", url) for part in check[2:]]
+        assert subprocess.run([sys.executable, *here], check=False).returncode == 0
+    ended = subprocess.run([sys.executable, *here], check=False, stderr=subprocess.DEVNULL)
+    assert ended.returncode != 0
 
 
 def test_only_what_is_copied_is_sent_to_the_builder() -> None:
