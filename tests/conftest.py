@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count, cycle
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 from uuid import UUID, uuid4
 
 import psycopg
@@ -62,8 +62,8 @@ def _seated(seats: int) -> Iterator[None]:
         return
     with ExitStack() as files:
         gate = files.enter_context((REPO / "pyproject.toml").open())
-        seats_there = [files.enter_context(seat.open()) for seat in SEATS]
-        taken: list[TextIO] = []
+        seats_there: list[IO[str]] = [files.enter_context(seat.open()) for seat in SEATS]
+        taken: list[IO[str]] = []
         fcntl.flock(gate, fcntl.LOCK_EX)
         for seat in cycle(seats_there):
             if seat not in taken and _take(seat):
@@ -79,7 +79,7 @@ def _seated(seats: int) -> Iterator[None]:
                 fcntl.flock(seat, fcntl.LOCK_UN)  # forked children may have it open, too
 
 
-def _take(seat: TextIO) -> bool:
+def _take(seat: IO[str]) -> bool:
     try:
         fcntl.flock(seat, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
