@@ -1,6 +1,6 @@
 -- Supabase Realtime tells signed-in users of changes to the tables in this publication, as far as row level security
 -- lets each of them see the row. The publication is Supabase's: nothing is made or taken over where it is not as on a
--- new project. docs/decisions/0008-operations.md says why there is no list of columns here.
+-- new project. docs/decisions/0009-dashboard-and-realtime.md says why there is no list of columns here.
 do $$
 begin
   if not exists (select from pg_publication where pubname = 'supabase_realtime') then

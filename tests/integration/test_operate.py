@@ -219,7 +219,7 @@ def test_the_database_looks_at_the_key_as_well(conn: psycopg.Connection, operato
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("role", ["authenticated", "anon", "service_role"])
+@pytest.mark.parametrize("role", ["authenticated", "anon"])
 def test_others_are_refused_by_the_database(
     conn: psycopg.Connection, user: UUID, function: str, role: str
 ) -> None:
@@ -231,6 +231,23 @@ def test_others_are_refused_by_the_database(
         conn.execute(f"select {function}".encode())
     if role == "authenticated":
         assert "pgscribe operators add" in (caught.value.diag.message_hint or "")
+    assert count(conn, "status = 'queued'") == 1
+
+
+def test_who_sees_all_anyway_operates(conn: psycopg.Connection, user: UUID) -> None:
+    """In the SQL editor, and with a secret key on a server."""
+    (job,) = insert(conn, user)
+    for role, name in (("service_role", "cancel"), ("postgres", "retry")):
+        with conn.transaction():
+            if role != "postgres":
+                conn.execute("select set_config('role', %s, true)", (role,))
+            assert len(conn.execute("select * from operator_jobs()").fetchall()) == 1
+            row = conn.execute(
+                f"select changed from operator_{name}_jobs(array[%s])".encode(), (job,)
+            ).fetchone()
+            assert row == (1,)
+            assert conn.execute("select operator_overview() is null").fetchone() == (False,)
+            assert conn.execute("select count(*) from operator_deliveries()").fetchone() == (0,)
     assert count(conn, "status = 'queued'") == 1
 
 

@@ -212,6 +212,22 @@ class Steps:
         assert seen["ended"]["completed"] > 1000
         assert sum(day["jobs"] for day in seen["costs"]) > 14 * 1000
 
+    async def inspect(self, rows: int, condition: str, *values: object) -> None:
+        query = f"select * from job_inspection {condition}"
+        assert len(self._conn.execute(query.encode(), values).fetchall()) >= rows
+
+    async def inspect_own(self) -> None:
+        query = b"select * from job_inspection order by created_at desc limit 20"
+        assert len(self._as_owner(query, {})) == 20
+
+    async def operator_inspects(self) -> None:
+        query = b"select * from operator_inspect_jobs('queued', \"limit\" => 20)"
+        assert len(self._as_owner(query, {})) == 20
+
+    async def look_at_health(self) -> None:
+        (row,) = self._as_owner(b"select queued, completed_last_hour from queue_health", {})
+        assert row[0] > 50
+
     async def operator_changes(self, action: str, **chosen: object) -> None:
         values = {"ids": None, "status": None, "owner": None, "error_code": None, **chosen}
         values |= {"ended_before": datetime.now(UTC)}
@@ -300,6 +316,7 @@ async def test_what_operators_read_does_not_depend_on_finished_jobs(
     ).fetchone()
     assert row is not None
     lately = row[0]
+    last_hour, owner = lately // 49 + 100, full_database[0]
     lists: list[tuple[int, dict[str, object]]] = [
         (20, {}),
         (20, {"status": "completed"}),
@@ -317,6 +334,16 @@ async def test_what_operators_read_does_not_depend_on_finished_jobs(
             read = await meter.measure(steps.operator_lists(rows, **chosen))
             # Of each of twenty owners' lists the beginning is read, where there is no other.
             check(str(chosen), read, rows=40)
+        newest = steps.inspect(20, "order by created_at desc limit 20")
+        check("inspect", await meter.measure(newest), rows=20)
+        failed = steps.inspect(2, "where status = 'failed' order by created_at desc limit 20")
+        check("inspect failed", await meter.measure(failed), rows=2)
+        one = steps.inspect(20, "where user_id = %s order by created_at desc limit 20", owner)
+        check("inspect an owner's", await meter.measure(one), rows=20)
+        check("inspect one's own", await meter.measure(steps.inspect_own()), rows=20)
+        # How many come before each of them in line is counted.
+        check("operator inspects", await meter.measure(steps.operator_inspects()), rows=100)
+        check("health", await meter.measure(steps.look_at_health()), rows=100 + last_hour // 5)
         # The window's, today's and those that wait or run; nothing else of the past 20 days.
         check("overview", await meter.measure(steps.operator_looks()), rows=lately // 5)
     cancel = steps.operator_changes("cancel", owner=full_database[0], status="queued")
