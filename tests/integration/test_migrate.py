@@ -1,20 +1,30 @@
 """Migrations: forward only, each in a transaction, one at a time, shared with the Supabase CLI."""
 
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from procrastinate import schema
 
 from db import migrate, named_queries
 from db.embedded import EmbeddedPostgres
+from jobs.cli import main
 
 SUPABASE = shutil.which("supabase")
+Supabase = Callable[..., str]
+needs_supabase = pytest.mark.skipif(
+    SUPABASE is None, reason="needs the `supabase` CLI on PATH (npm: supabase)"
+)
+# Rows are appended there, and taken away all at once; nobody asks for a single one. A key would be
+# one more index to write for each job. See docs/decisions/0009-dashboard-and-realtime.md.
+ENTRIES_WITHOUT_A_KEY = ("pgscribe.woken_owners", "pgscribe.usage_news", "pgscribe.daily_totals")
 
 
 @pytest.fixture
@@ -123,42 +133,94 @@ def test_versions_are_unique_and_ours_come_last() -> None:
     assert migrate.migrations()[-len(own) :] == own
 
 
-def test_everything_carries_a_comment(conn: psycopg.Connection) -> None:
-    row = conn.execute(
-        "select array_agg(attname) from pg_attribute"
-        " where attrelid in ('processing_jobs'::regclass, 'processing_job_attempts'::regclass)"
-        " and attnum > 0 and col_description(attrelid, attnum) is null"
-    ).fetchone()
-    assert row == (None,)
-
-
-@pytest.mark.skipif(SUPABASE is None, reason="needs the `supabase` CLI on PATH (npm: supabase)")
-def test_supabase_db_push_and_pgscribe_migrate_are_interchangeable(
-    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def supabase(empty: str, tmp_path: Path) -> Supabase:
+    """Run the Supabase CLI on the empty database; return what it says, as JSON if asked for."""
     migrate.export(tmp_path / "supabase" / "migrations")
-    url = f"{empty}?sslmode=disable"
 
-    def supabase(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         return subprocess.run(
-            [str(SUPABASE), *arguments, f"--remote={url}"],
+            [str(SUPABASE), *arguments, f"--remote={empty}?sslmode=disable"],
             cwd=tmp_path,
             env=os.environ | {"SUPABASE_TELEMETRY_DISABLED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=None if "json" in arguments else subprocess.STDOUT,
             text=True,
             check=True,
         ).stdout
+
+    return run
+
+
+def missing_by_pgscribe(url: str) -> tuple[int, set[str], str]:
+    """Return exit status, versions and the last line of ``pgscribe migrate --status``."""
+    answer = CliRunner().invoke(main, ["migrate", "--status"], env={"PGSCRIBE_DATABASE_URL": url})
+    *missing, summary = answer.output.splitlines()
+    return answer.exit_code, {line.split()[1][:14] for line in missing}, summary
+
+
+def missing_by_supabase(supabase: Supabase) -> set[str]:
+    listed = json.loads(supabase("migration", "list", "--output-format", "json"))["migrations"]
+    assert [row["local"] for row in listed] == [known.version for known in migrate.migrations()]
+    assert all(row["remote"] in {"", row["local"]} for row in listed)
+    return {row["local"] for row in listed if not row["remote"]}
+
+
+@needs_supabase
+def test_supabase_db_push_and_pgscribe_migrate_are_interchangeable(
+    empty: str, supabase: Supabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [migration.version for migration in migrate.migrations()]
+    assert missing_by_supabase(supabase) == set(known)
+    assert missing_by_pgscribe(empty)[:2] == (1, set(known))
 
     with monkeypatch.context() as patch:  # half by us, half by the CLI
         half = migrate.migrations()[:20]
         patch.setattr(migrate, "migrations", lambda: half)
         assert migrate.migrate(empty) == len(half)
+    behind = f"{len(known) - 20} of {len(known)} migrations are missing"
+    assert missing_by_supabase(supabase) == set(known[20:])
+    assert missing_by_pgscribe(empty) == (1, set(known[20:]), behind)
+
     assert "Finished" in supabase("db", "push", "--yes", "--skip-vault")
     assert migrate.migrate(empty) == 0
-    assert ledger(empty) == [migration.version for migration in migrate.migrations()]
-    assert "No issues found" in supabase("db", "advisors", "--level", "warn", "--fail-on", "warn")
+    assert ledger(empty) == known
+    assert missing_by_supabase(supabase) == set()
+    done = f"0 of {len(known)} migrations are missing"
+    assert missing_by_pgscribe(empty) == (0, set(), done)
+
+
+@needs_supabase
+def test_supabases_advisors_find_nothing_but_what_is_meant(empty: str, supabase: Supabase) -> None:
+    migrate.migrate(empty)
+
+    def findings() -> set[tuple[str, str]]:
+        arguments = ("--level", "info", "--fail-on", "none", "--output-format", "json")
+        found = json.loads(supabase("db", "advisors", *arguments))["results"]
+        return {(lint["name"], f"{lint['metadata'].get('schema')}.{lint['metadata'].get('name')}")
+                for lint in found}  # fmt: skip
+
+    def meant() -> set[tuple[str, str]]:
+        # No index of a new database has been used yet.
+        return {finding for finding in findings() if finding[0] != "unused_index"}
+
+    assert meant() == {("no_primary_key", table) for table in ENTRIES_WITHOUT_A_KEY}
+    # They look everywhere: what is wrong in any of the schemas is found.
+    with psycopg.connect(empty, autocommit=True) as conn:
+        for schema in ("public", "pgscribe", "procrastinate"):
+            conn.execute(
+                f"create function {schema}.loose() returns int language sql return 1;"
+                f"create table {schema}.open (id int primary key, other int references {schema}.open)".encode()
+            )
+        conn.execute("create view public.of_its_owner as select * from public.processing_jobs")
+        conn.execute("grant select on public.open, public.of_its_owner to anon")
+    found = meant()
+    for schema in ("public", "pgscribe", "procrastinate"):
+        assert ("function_search_path_mutable", f"{schema}.loose") in found
+        assert ("unindexed_foreign_keys", f"{schema}.open") in found
+    assert ("rls_disabled_in_public", "public.open") in found
+    assert ("security_definer_view", "public.of_its_owner") in found
 
 
 def test_a_query_file_must_not_use_a_name_twice(tmp_path: Path) -> None:
