@@ -1,4 +1,4 @@
-"""The SQL of docs/sql.md, docs/supabase-js.md and docs/webhooks.md, as the roles that it is for."""
+"""The SQL of docs/sql.md, supabase-js.md, webhooks.md and dashboard.md, as the roles that it is for."""
 
 import json
 from uuid import UUID
@@ -22,7 +22,7 @@ RESULT = {
     ],
 }
 BLOCKS = [
-    block for name in ("sql", "supabase-js", "webhooks") for block in blocks(f"{name}.md", "sql")
+    block for name in ("sql", "supabase-js", "webhooks", "dashboard") for block in blocks(f"{name}.md", "sql")
 ]
 # What makes a new job one with that status; the queue's status is the truth.
 STEPS = {
