@@ -104,7 +104,9 @@ revoke execute on function public.operator_pause_queue, public.operator_resume_q
 grant execute on function public.operator_pause_queue, public.operator_resume_queue to authenticated, service_role;
 
 -- The newest of everybody's jobs are what the dashboard asks for first. Without it that reads and sorts all there are.
-create index processing_jobs_created_idx on public.processing_jobs (created_at desc, id desc);
+-- The condition holds for every job, but only queries that say so may use the index. An owner's list must not: if there
+-- are few owners, the planner would look for this one's jobs among all those that are newer.
+create index processing_jobs_created_idx on public.processing_jobs (created_at desc, id desc) where attempt >= 0;
 
 -- One job, one row -------------------------------------------------------------------------------------------------
 -- The functions are called for each row that is returned, after the limit; those of the queue for jobs that wait or run.
@@ -191,7 +193,7 @@ select p.id, p.user_id, pgscribe.email_for_reader(p.user_id) as email, p.file_pa
        p.error_code, p.error, p.cancel_requested_at, p.retry_requested_at,
        (select count(*) from public.webhook_deliveries d where d.job_id = p.id and d.status || '' in ('queued', 'sending')) as deliveries_pending,
        (select count(*) from public.webhook_deliveries d where d.job_id = p.id and d.status || '' = 'failed') as deliveries_failed
-  from public.processing_jobs p;
+  from public.processing_jobs p where p.attempt >= 0;
 comment on view public.job_inspection is
   'One row for each job that you may see, with what one asks about it: what it does, since when, with which worker, and what went wrong. Without transcripts. Filter by id, user_id, status or error_code, or order by created_at with a limit. Times in seconds.';
 comment on column public.job_inspection.id is 'The job.';

@@ -88,7 +88,7 @@ select d.id, d.user_id, d.endpoint_id, d.job_id, d.url, coalesce(d.url, e.url) a
        d.created_at, d.due_at, d.completed_at, d.response_status, d.error_code, d.error
   from public.webhook_deliveries d left join public.webhook_endpoints e on e.id = d.endpoint_id
  where (%(user)s::uuid is null or d.user_id = %(user)s) and (%(endpoint)s::uuid is null or d.endpoint_id = %(endpoint)s)
-   and (%(status)s::text is null or d.status = %(status)s)
+   and (%(status)s::text is null or d.status = %(status)s) and (d.endpoint_id is null or e.id is not null)
  order by d.created_at desc, d.id desc
  limit %(limit)s
 
@@ -98,12 +98,12 @@ select d.id, d.user_id, d.endpoint_id, d.job_id, d.url, coalesce(d.url, e.url) a
        coalesce((select jsonb_agg(to_jsonb(a) - 'delivery_id' order by a.attempt) from public.webhook_attempts a
                   where a.delivery_id = d.id), '[]') as log
   from public.webhook_deliveries d left join public.webhook_endpoints e on e.id = d.endpoint_id
- where d.id = %(id)s
+ where d.id = %(id)s and (d.endpoint_id is null or e.id is not null)
 
 -- admin_replay_delivery --
 select pgscribe.replay_deliveries(array[d.id]) as replayed, case when e.disabled_at is not null then e.id end as disabled
   from public.webhook_deliveries d left join public.webhook_endpoints e on e.id = d.endpoint_id
- where d.id = %(id)s
+ where d.id = %(id)s and (d.endpoint_id is null or e.id is not null)
 
 -- admin_replay_failed --
 with chosen as materialized (
@@ -112,7 +112,8 @@ with chosen as materialized (
      where d.status = 'failed' and d.created_at >= %(since)s
        and (%(user)s::uuid is null or d.user_id = %(user)s) and (%(endpoint)s::uuid is null or d.endpoint_id = %(endpoint)s)
        and (%(before)s::timestamptz is null or d.completed_at < %(before)s)
-       and not exists (select from public.webhook_endpoints e where e.id = d.endpoint_id and e.disabled_at is not null)
+       and (d.endpoint_id is null
+            or exists (select from public.webhook_endpoints e where e.id = d.endpoint_id and e.disabled_at is null))
      order by d.created_at, d.id limit %(limit)s) as ids)
 select cardinality(ids) as chosen, pgscribe.replay_deliveries(ids) as replayed, now() as at from chosen
 

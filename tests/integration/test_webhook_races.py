@@ -15,6 +15,7 @@ from tests.streams import Work, until
 
 CLAIM = "select cardinality(jobs) from pgscribe.claim_deliveries(%s, %s)"
 TURN = "select {} from pgscribe.turn(%s, %s, %s, false, '{{maintenance}}', 3, null, 0, null)"
+FORGET = "select pgscribe.forget_deliveries('1 minute')"
 REGISTER = "select worker_id from procrastinate.procrastinate_register_worker_v1()"
 QUEUE_JOBS = "select count(*) from procrastinate.procrastinate_jobs where queue_name = 'webhooks'"
 SENDING = """
@@ -115,6 +116,7 @@ def test_with_an_endpoint_goes_what_is_being_sent_once_that_has_ended(
     worker = value(conn, REGISTER)
     assert value(conn, CLAIM, worker, 1) == 1
     conn.execute("delete from webhook_endpoints")
+    assert value(conn, FORGET) == 1
     assert value(conn, QUEUE_JOBS) == 1
     ended = [{"queue_job_id": value(conn, QUEUE_JOBS.replace("count(*)", "id")), "attempt": 0}]
     ended[0] |= {"outcome": outcome, "retry_after": 5}
@@ -166,23 +168,151 @@ def test_a_role_of_ones_own_is_no_more_than_authenticated(
 
 
 def test_an_owner_deletes_an_endpoint_while_it_says_that_it_is_gone(
-    conn: psycopg.Connection, database: str, work: Work, user: UUID,
-    other: psycopg.Connection, beside: ThreadPoolExecutor,
-) -> None:  # fmt: skip
+    conn: psycopg.Connection, work: Work, user: UUID, other: psycopg.Connection
+) -> None:
     endpoint(conn, user)
     tell(work, user)
     delivery = value(conn, "select id from webhook_deliveries")
+    conn.execute("set lock_timeout = '4s'")
     other.execute("select from webhook_deliveries for update")
-    with psycopg.connect(database, autocommit=True) as owner:
-        deleted = beside.submit(owner.execute, "delete from webhook_endpoints")
-        wait_for_lock(conn, owner)
-        other.execute(
-            "select pgscribe.record_delivery(%s, 1, 410, null, 'webhook_gone', 'It is gone.')",
-            (delivery,),
-        )
-        other.commit()
-        deleted.result()
+    conn.execute("delete from webhook_endpoints")
+    assert value(conn, FORGET) == 0, "for the next time"
+    other.execute(
+        "select pgscribe.record_delivery(%s, 1, 410, null, 'webhook_gone', 'It is gone.')",
+        (delivery,),
+    )
+    other.commit()
+    assert value(conn, FORGET) == 1
     assert value(conn, "select count(*) from webhook_deliveries") == 0
+
+
+def test_an_endpoint_goes_at_once_and_its_deliveries_by_and_by(
+    conn: psycopg.Connection, work: Work, user: UUID
+) -> None:
+    """In one statement, some hundred thousands would take longer than users may take."""
+    going, staying = endpoint(conn, user), endpoint(conn, user)
+    tell(work, user)
+    conn.execute(
+        "with added as ("
+        " insert into webhook_deliveries (user_id, endpoint_id, event, payload, queue_job_id)"
+        " select %s, %s, 'webhook.test', '{}',"
+        "        nextval('procrastinate.procrastinate_jobs_id_seq')"
+        "   from generate_series(1, 2500) returning id, queue_job_id)"
+        "insert into procrastinate.procrastinate_jobs (id, queue_name, task_name, args)"
+        " select queue_job_id, 'webhooks', 'deliver_webhook', jsonb_build_object('delivery_id', id)"
+        "   from added",
+        (user, going),
+    )
+    conn.execute("insert into pgscribe.operators (user_id) values (%s)", (user,))
+    some = value(conn, "select id from webhook_deliveries where endpoint_id = %s limit 1", going)
+    conn.execute(
+        "select pgscribe.record_delivery(id, 1, 500, null, 'webhook_failed', 'x')"
+        " from webhook_deliveries"
+    )
+    assert value(conn, "select count(*) from webhook_attempts") == 2502
+    conn.execute(
+        "select set_config('role', 'authenticated', false),"
+        " set_config('request.jwt.claims', %s, false)",
+        (json.dumps({"sub": str(user)}),),
+    )
+    conn.execute("delete from webhook_endpoints where id = %s", (going,))
+    seen = conn.execute("select endpoint_id from webhook_deliveries").fetchall()
+    assert seen == [(staying,)], "nobody sees the others any more"
+    assert value(conn, "select count(*) from webhook_attempts") == 1
+    assert value(conn, "select count(*) from operator_deliveries('queued')") == 1
+    assert value(conn, "select replay_webhook_delivery(%s)", some) is None
+    conn.execute("reset role")
+    assert value(conn, "select count(*) from webhook_deliveries") == 2502
+    assert value(conn, "select pgscribe.begin_delivery(%s)", some) is None
+    conn.execute("select pgscribe.add_up_usage()")  # as workers do once a minute
+    left = conn.execute("select endpoint_id from webhook_deliveries").fetchall()
+    assert left == [(staying,)]
+    assert value(conn, QUEUE_JOBS) == 1
+    assert value(conn, "select count(*) from pgscribe.deleted_endpoints") == 0
+
+
+@pytest.mark.parametrize("first", ["the user goes", "the job ends"])
+def test_a_user_is_deleted_while_a_job_of_theirs_ends(
+    conn: psycopg.Connection, database: str, work: Work, user: UUID, first: str,
+    other: psycopg.Connection, beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    """A foreign key would have the job's end wait for the user, and the user for the job."""
+    endpoint(conn, user)
+    work.insert(user)
+    worker = value(conn, REGISTER)
+    (job,) = value(conn, TURN.format("jobs"), worker, None, 1)
+    ended = [{"queue_job_id": job["queue_job_id"], "job_id": job["id"], "attempt": 1}]
+    ended[0] |= {"outcome": "succeeded", "result": {}}
+    turn, delete = TURN.format("busy"), b"delete from auth.users where id = %s"
+    conn.execute("set lock_timeout = '4s'")
+    if first == "the user goes":
+        # What deleting does first; then it goes for the jobs.
+        other.execute("select from auth.users where id = %s for update", (user,))
+        assert value(conn, turn, worker, json.dumps(ended), 0) == [UUID(job["id"])]
+        other.execute(delete, (user,))
+        other.commit()
+        assert value(conn, turn, worker, json.dumps(ended), 0) is None
+    else:
+        value(other, turn, worker, json.dumps(ended), 0)
+        with psycopg.connect(database, autocommit=True) as admin:
+            deleted = beside.submit(admin.execute, delete, (user,))
+            wait_for_lock(conn, admin)
+            other.commit()
+            deleted.result()
+    assert value(conn, "select count(*) from processing_jobs") == 0
+    assert value(conn, "select count(*) from webhook_deliveries") == 0
+    assert value(conn, QUEUE_JOBS) == 0
+
+
+def test_users_are_deleted_while_their_jobs_end(
+    conn: psycopg.Connection, database: str, work: Work, make_user: MakeUser,
+    beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    users = [make_user() for _ in range(30)]
+    for user in users:
+        endpoint(conn, user)
+        work.insert(user)
+    worker = value(conn, REGISTER)
+    jobs = value(conn, TURN.format("jobs"), worker, None, 30)
+    assert len(jobs) == 30
+
+    def end_all() -> None:
+        with psycopg.connect(database, autocommit=True) as own:
+            for job in jobs:
+                ended = {"queue_job_id": job["queue_job_id"], "job_id": job["id"], "attempt": 1}
+                ended |= {"outcome": "succeeded", "result": {}}
+                value(own, TURN.format("busy"), worker, json.dumps([ended]), 0)
+
+    def delete_all() -> None:
+        with psycopg.connect(database, autocommit=True) as own:
+            for job in jobs:
+                own.execute("delete from auth.users where id = %s", (job["user_id"],))
+
+    for one in [beside.submit(end_all), beside.submit(delete_all)]:
+        one.result()  # neither was broken off
+    assert value(conn, "select count(*) from webhook_deliveries") == 0
+    assert value(conn, "select count(*) from processing_jobs") == 0
+
+
+def test_a_heartbeat_waits_for_no_delivery(
+    conn: psycopg.Connection, work: Work, user: UUID, make_user: MakeUser,
+    other: psycopg.Connection,
+) -> None:  # fmt: skip
+    """A claim whose answer never arrived, while somebody has one of its deliveries locked."""
+    for owner in (user, make_user()):
+        endpoint(conn, owner)
+        tell(work, owner)
+    worker = value(conn, REGISTER)
+    assert value(conn, CLAIM, worker, 2) == 2
+    other.execute("select from webhook_deliveries where user_id = %s for update", (user,))
+    conn.execute("set lock_timeout = '4s'")
+    beat = "select pgscribe.beat(%s, '{}', '{}', '{}', 30, 3, false) -> 'orphans'"
+    query = "select user_id = %s, status from webhook_deliveries order by 1"
+    assert value(conn, beat, worker) == 1
+    assert conn.execute(query, (user,)).fetchall() == [(False, "queued"), (True, "sending")]
+    other.commit()
+    assert value(conn, beat, worker) == 1
+    assert conn.execute(query, (user,)).fetchall() == [(False, "queued"), (True, "queued")]
 
 
 def test_nobodys_jobs_wait_for_an_endpoint_that_is_being_deleted(

@@ -178,6 +178,7 @@ def test_endpoints_choose_events_and_a_jobs_own_url_hears_of_all(
         end(work, user, status)
     assert [(row["endpoint_id"], row["event"]) for row in log(conn)] == [(some, "job.failed")]
     conn.execute("delete from webhook_endpoints")
+    conn.execute("select pgscribe.forget_deliveries('1 minute')")
     url = "https://example.org/mine"
     conn.execute(
         "insert into processing_jobs (user_id, file_path, webhook_url) values (%s, %s, %s)",
@@ -358,6 +359,7 @@ def test_with_an_endpoint_go_its_log_and_what_waits(
     endpoint(conn, user, "https://example.org")
     end(work, user)
     conn.execute("delete from webhook_endpoints")
+    conn.execute("select pgscribe.forget_deliveries('1 minute')")
     assert log(conn) == []
     queued = "select * from procrastinate.procrastinate_jobs where queue_name = 'webhooks'"
     assert rows(conn, queued) == []
