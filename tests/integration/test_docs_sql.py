@@ -22,7 +22,9 @@ RESULT = {
     ],
 }
 BLOCKS = [
-    block for name in ("sql", "supabase-js", "webhooks", "dashboard") for block in blocks(f"{name}.md", "sql")
+    block
+    for name in ("sql", "supabase-js", "webhooks", "dashboard")
+    for block in blocks(f"{name}.md", "sql")
 ]
 # What makes a new job one with that status; the queue's status is the truth.
 STEPS = {

@@ -219,7 +219,9 @@ def test_who_sees_which_jobs(
         assert rows(conn, listing) == [], "no policy is widened"
         found = {
             row["id"]: row["email"]
-            for row in rows(conn, "select * from operator_inspect_jobs(with_status => 'processing')")
+            for row in rows(
+                conn, "select * from operator_inspect_jobs(with_status => 'processing')"
+            )
         }
         assert found == {job: f"{owner}@example.org" for owner, job in jobs.items()}
         (page,) = rows(conn, 'select * from operator_inspect_jobs("limit" => 1)')

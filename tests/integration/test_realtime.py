@@ -219,5 +219,3 @@ def test_jobs_are_published_by_their_key_alone(conn: psycopg.Connection) -> None
     assert row == (b"d",) or row == ("d",)
     (found,) = conn.execute(MEMBERS.encode()).fetchall()
     assert found[0] == "processing_jobs"
-
-
