@@ -1,4 +1,4 @@
-"""The SQL of docs/sql.md, supabase-js.md, webhooks.md and dashboard.md, as the roles that it is for."""
+"""The SQL of the guides (BLOCKS says which), as the roles that it is for."""
 
 import json
 from uuid import UUID

@@ -1,4 +1,4 @@
-"""What one sees of jobs and of the queue with SQL, and who may: job_inspection, queue_health, pauses."""
+"""What one sees of jobs and of the queue with SQL, and who may."""
 
 import json
 from collections.abc import Iterator
@@ -165,7 +165,8 @@ def test_a_jobs_way(conn: psycopg.Connection, work: Work, user: UUID) -> None:
     assert 6 <= seen["run_seconds"] < 60
     assert (seen["deliveries_pending"], seen["deliveries_failed"]) == (1, 0)
     work.execute(
-        "update procrastinate.procrastinate_jobs set status = 'failed' where queue_name = 'webhooks'"
+        "update procrastinate.procrastinate_jobs set status = 'failed'"
+        " where queue_name = 'webhooks'"
     )
     seen = inspect(conn, job)
     assert (seen["deliveries_pending"], seen["deliveries_failed"]) == (0, 1)
@@ -255,7 +256,8 @@ def test_the_queues_health(
         work.execute(
             "select from pgscribe.turn(%s, null, %s, false, '{}', 3, null)", (claimer, count)
         )
-    running = [row["id"] for row in rows(conn, "select id from job_inspection where worker_id = %s", worker)]  # fmt: skip
+    held = rows(conn, "select id from job_inspection where worker_id = %s", worker)
+    running = [row["id"] for row in held]
     work.complete(running[0])
     work.execute(
         "update processing_jobs set error_code = 'timeout', error = 'x' where id = %s",

@@ -211,7 +211,8 @@ def test_supabases_advisors_find_nothing_but_what_is_meant(empty: str, supabase:
         for schema in ("public", "pgscribe", "procrastinate"):
             conn.execute(
                 f"create function {schema}.loose() returns int language sql return 1;"
-                f"create table {schema}.open (id int primary key, other int references {schema}.open)".encode()
+                f"create table {schema}.open"
+                f" (id int primary key, other int references {schema}.open)".encode()
             )
         conn.execute("create view public.of_its_owner as select * from public.processing_jobs")
         conn.execute("grant select on public.open, public.of_its_owner to anon")
