@@ -5,9 +5,9 @@
 -- one owner's, who then waited for everybody's to be read. The condition holds for every job, but only operators' queries
 -- say so.
 
-drop index public.processing_jobs_not_completed_idx;
-create index processing_jobs_not_completed_idx on public.processing_jobs (status, created_at desc, id desc)
+create index processing_jobs_ended_badly_idx on public.processing_jobs (status, created_at desc, id desc)
   where status in ('failed', 'cancelled') and attempt >= 0;
+drop index public.processing_jobs_not_completed_idx;
 
 create or replace function pgscribe.newest_jobs(
   status text, owner uuid, error_code text, most integer, after_at timestamptz, after_id uuid, ended_before timestamptz default null)
