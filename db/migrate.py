@@ -5,6 +5,7 @@ files that :func:`export` writes) are interchangeable.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +18,19 @@ from db import named_queries
 _HERE = Path(__file__).parent
 _QUERIES = named_queries.load(_HERE / "migrate.sql")
 _OWN_FILE = re.compile(r"(\d{14})_(\w+)\.sql")
+PATIENCE = 10.0  # seconds to wait for another `pgscribe migrate`
+# Pauses between attempts at a migration whose locks somebody else holds; workers go on meanwhile.
+PAUSES = (1.0, 2.0, 4.0, *([5.0] * 11))
+
 _PROCRASTINATE_FILE = re.compile(r"(\d\d)\.(\d\d)\.(\d\d)_(\d\d)_(\w+)\.sql")
+
+
+class MigrationBlocked(Exception):
+    """A migration was not applied, as others hold locks that it needs; the message says who."""
+
+
+class _InTheWay(Exception):
+    """Somebody else holds a lock."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,32 +82,82 @@ def pending(conn: psycopg.Connection) -> list[Migration]:
     return [migration for migration in migrations() if migration.version not in applied]
 
 
-def migrate(url: str, on_applied: Callable[[Migration], None] = lambda _: None) -> int:
+def migrate(
+    url: str,
+    on_applied: Callable[[Migration], None] = lambda _: None,
+    on_blocked: Callable[[str], None] = lambda _: None,
+) -> int:
     """Apply what is missing in the database at ``url`` and return how many that were.
 
     Each migration and its ledger entry commit together. Several processes may do this at once:
     an advisory lock, held for one transaction so that a transaction-mode pooler is no hindrance,
     lets one of them apply each migration.
+
+    A statement waits a second for a lock at most, so that nobody waits behind it for longer; then
+    all of the migration is tried again for about a minute. ``on_blocked`` hears who holds it up.
+    Raises ``MigrationBlocked``.
     """
     applied = 0
     with psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
         with conn.transaction():
-            conn.execute(_QUERIES["lock"])
+            _take_turn(conn)
             conn.execute(_QUERIES["create_ledger"])
         for migration in pending(conn):
-            if _apply(conn, migration):
+            if _insist(conn, migration, on_blocked):
                 applied += 1
                 on_applied(migration)
     return applied
 
 
+def _take_turn(conn: psycopg.Connection) -> None:
+    try:
+        conn.execute(_QUERIES["lock"], {"milliseconds": round(PATIENCE * 1000)})
+    except psycopg.errors.LockNotAvailable as exc:
+        raise MigrationBlocked(
+            f"Another `pgscribe migrate` has been at work here for {PATIENCE:g} s, or somebody "
+            "holds its lock: pg_locks says who (locktype advisory). Run it again afterwards."
+        ) from exc
+
+
+def _insist(
+    conn: psycopg.Connection, migration: Migration, on_blocked: Callable[[str], None]
+) -> bool:
+    for pause in PAUSES:
+        try:
+            return _apply(conn, migration)
+        except _InTheWay:
+            on_blocked(f"{migration.filename} waits for {_holders(conn)}")
+        time.sleep(pause)
+    try:
+        return _apply(conn, migration)
+    except _InTheWay as exc:
+        raise MigrationBlocked(
+            f"{migration.filename} was not applied: it waits for {_holders(conn)}. Nothing of it "
+            "is left behind; let them end, or end them with select pg_terminate_backend(<pid>), "
+            "and run `pgscribe migrate` again."
+        ) from exc
+
+
+def _holders(conn: psycopg.Connection) -> str:
+    """Say whose transactions hold locks: what they do is not said, as it may hold anything."""
+    found = [
+        f"{who} (pid {pid}, in a transaction for {seconds} s, on {tables})"
+        for pid, who, seconds, tables in conn.execute(_QUERIES["holders"])
+    ]
+    return ", ".join(found) or "locks of somebody who has gone meanwhile"
+
+
 def _apply(conn: psycopg.Connection, migration: Migration) -> bool:
     with conn.transaction():
-        conn.execute(_QUERIES["lock"])
+        _take_turn(conn)
         row = conn.execute(_QUERIES["is_applied"], {"version": migration.version}).fetchone()
         if row is not None and row[0]:
             return False
-        conn.execute(migration.sql.encode())
+        conn.execute(_QUERIES["be_brief"])
+        try:
+            conn.execute(migration.sql.encode())
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as exc:
+            raise _InTheWay from exc
         conn.execute(
             _QUERIES["record"],
             {"version": migration.version, "name": migration.name, "sql": migration.sql},

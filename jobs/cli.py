@@ -192,7 +192,14 @@ def migrate(*, status: bool, export: Path | None) -> None:
             click.echo(f"missing  {migration.filename}")
         click.echo(f"{len(missing)} of {len(runner.migrations())} migrations are missing")
         sys.exit(bool(missing))
-    count = runner.migrate(url, lambda migration: click.echo(f"applied  {migration.filename}"))
+    try:
+        count = runner.migrate(
+            url,
+            lambda migration: click.echo(f"applied  {migration.filename}"),
+            lambda problem: click.echo(f"waiting  {problem}", err=True),
+        )
+    except runner.MigrationBlocked as exc:
+        raise click.ClickException(str(exc)) from exc
     click.echo(f"Up to date; {count} applied now")
 
 
