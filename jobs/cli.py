@@ -15,6 +15,7 @@ from uuid import UUID
 import click
 
 from jobs import __version__
+from jobs.cli_doctor import doctor
 from jobs.cli_webhooks import webhooks
 from jobs.commands import database, duration, friendly
 from jobs.errors import PgscribeError
@@ -66,6 +67,7 @@ def main() -> None:
       pgscribe deploy                  put the functions on Modal, for PGSCRIBE_COMPUTE=modal
       pgscribe setup-storage           make the bucket, for PGSCRIBE_STORAGE=supabase
       pgscribe make-keys               secrets of a self-hosted Supabase, for docker compose
+      pgscribe doctor                  what is wrong with all of it, and how to mend it
     """
 
 
@@ -648,6 +650,7 @@ def remove_operators(users: tuple[str, ...]) -> None:
 
 
 main.add_command(webhooks)
+main.add_command(doctor)
 
 
 @main.command()

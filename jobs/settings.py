@@ -131,10 +131,15 @@ class TokenSettings(_FromEnvironment):
         return self.jwt_secret.get_secret_value()
 
 
-class ClientSettings(_FromEnvironment):
-    """Where a client finds its server."""
+class ServerAddress(_FromEnvironment):
+    """Where the server is."""
 
     url: str = Field("http://127.0.0.1:8000", description="URL of the REST API.")
+
+
+class ClientSettings(ServerAddress):
+    """Where a client finds its server."""
+
     token: SecretStr = Field(
         description="Bearer token; `pgscribe dev` provides one to commands in its folder, "
         "`pgscribe token` makes one."

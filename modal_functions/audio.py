@@ -170,7 +170,7 @@ def _check_file(source: str) -> None:
         raise errors.EmptyFile(f"{name} is empty (0 bytes). Upload it again.")
 
 
-def _ffmpeg() -> str:
+def find_ffmpeg() -> str:
     """Return the ffmpeg on PATH, or else the one in the package imageio-ffmpeg."""
     if executable := shutil.which("ffmpeg"):
         return executable
@@ -234,7 +234,7 @@ def _command(source: str, *, preprocessing: bool, limit: int) -> list[str]:
         "pipe:1", format="s16le", af=_filters(preprocessing=preprocessing, limit=limit)
     )
     options = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", "level+info"]
-    command: list[str] = ffmpeg.compile(pcm, cmd=[_ffmpeg(), *options])
+    command: list[str] = ffmpeg.compile(pcm, cmd=[find_ffmpeg(), *options])
     return command
 
 

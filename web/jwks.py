@@ -79,7 +79,7 @@ class SigningKeys:
         try:
             async with asyncio.timeout(self._timeout):
                 body = await self._download()
-            self._keys = _usable_keys(json.loads(body))
+            self._keys = usable_keys(json.loads(body))
             self._fetched_at = self._clock()
         except (httpx2.HTTPError, TimeoutError, ValueError, RecursionError) as exc:
             logger.warning("The signing keys at %s can't be fetched: %r", self._url, exc)
@@ -104,7 +104,7 @@ class SigningKeys:
         await self._http.aclose()
 
 
-def _usable_keys(document: Any) -> dict[str, jwt.PyJWK]:
+def usable_keys(document: Any) -> dict[str, jwt.PyJWK]:
     """Return a JWK set's keys that may check a signature here, by id. Others are passed over.
 
     An empty set is one: so it is with projects that still sign with a secret.

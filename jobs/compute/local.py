@@ -75,12 +75,12 @@ _ENVIRONMENT_PREFIXES = (
 # recording that is alone, or whose model gains by threads, is as fast as in a process of its own.
 _MAX_PROCESSES = 4  # each has the model in memory: 0.4 GB for base, 2 to 3 GB for large ones
 
-_MODULES = {"faster-whisper": "faster_whisper", "openai-whisper": "whisper"}
+MODULES = {"faster-whisper": "faster_whisper", "openai-whisper": "whisper"}
 
 
-def _check_installed(engine: str) -> None:
+def check_installed(engine: str) -> None:
     """Raise ``SettingsError`` where the extra that brings the engine is not installed."""
-    missing = [name for name in ("numpy", "ffmpeg", _MODULES[engine]) if not find_spec(name)]
+    missing = [name for name in ("numpy", "ffmpeg", MODULES[engine]) if not find_spec(name)]
     if missing:
         raise SettingsError(
             f"PGSCRIBE_ENGINE: {engine} can't run here, as {', '.join(missing)} is not installed; "
@@ -314,7 +314,7 @@ class LocalCompute:
     """
 
     def __init__(self, settings: Settings) -> None:
-        _check_installed(settings.engine)
+        check_installed(settings.engine)
         processes, threads = processes_and_threads(settings, os.cpu_count() or 1)
         config = {
             "engine": settings.engine,

@@ -1,0 +1,176 @@
+"""What is in the database: migrations, and whether somebody has changed what they made."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import psycopg
+
+from db import migrate, schema
+from jobs.doctor.checks import Context, Finding, fail, ok, skipped, together, warn
+from jobs.doctor.database import connected, one
+from jobs.sql import DOCTOR
+
+MOST_NAMED = 5  # things that are named in one sentence
+
+
+async def check_migrations(context: Context) -> Finding:
+    """Compare the ledger with what this version of pgscribe brings."""
+    ours = {migration.version: migration for migration in migrate.migrations()}
+    async with connected(context) as conn:
+        if not (await one(conn, DOCTOR["ledger_exists"]))["there"]:
+            return fail(
+                "the database has not been migrated",
+                "Run `pgscribe migrate`, or `pgscribe migrate --export supabase/migrations` and "
+                "`supabase db push`.",
+            )
+        try:
+            cursor = await conn.execute(DOCTOR["ledger"], {"known": [*ours]})
+        except psycopg.errors.InsufficientPrivilege:
+            return fail("this role may not read the ledger of migrations", "Connect as `postgres`.")
+        rows = await cursor.fetchall()
+    applied = {row["version"] for row in rows}
+    missing = [migration for version, migration in ours.items() if version not in applied]
+    newer = [f"{row['version']}_{row['name']}" for row in rows if not row["known"]]
+    changed = [
+        ours[row["version"]].filename
+        for row in rows
+        if row["known"] and row["checksum"] not in {None, _checksum(ours[row["version"]])}
+    ]
+    return together(
+        _ledger_problems(missing, newer, changed),
+        ok(f"all {len(ours)} are applied; the newest is {max(ours.values()).filename}"),
+    )
+
+
+def _checksum(migration: migrate.Migration) -> str:
+    return hashlib.md5(migration.sql.encode(), usedforsecurity=False).hexdigest()
+
+
+def _ledger_problems(
+    missing: list[migrate.Migration], newer: list[str], changed: list[str]
+) -> Iterator[Finding]:
+    if missing:
+        queue = sum(migration.name.startswith("procrastinate_") for migration in missing)
+        of_queue = f" ({queue} of them procrastinate's)" if queue else ""
+        yield fail(
+            f"{len(missing)} migrations are missing{of_queue}: "
+            + _some(migration.filename for migration in missing),
+            "Run `pgscribe migrate`, before newer workers and web servers start.",
+        )
+    if newer:
+        yield warn(
+            f"the database has migrations that this pgscribe does not know: {_some(newer)}",
+            "Upgrade this machine's pgscribe to the version that has migrated the database.",
+        )
+    if changed:
+        yield warn(
+            f"migrations were applied with another text than they have here: {_some(changed)}",
+            "If this is not a modified pgscribe, compare supabase_migrations.schema_migrations "
+            "with `pgscribe migrate --export`.",
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    found = [*names]
+    more = len(found) - MOST_NAMED
+    return ", ".join(found[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+async def check_schema(context: Context) -> Finding:
+    """Compare tables, triggers, policies, functions and grants with what the migrations made."""
+    async with connected(context) as conn:
+        async with conn.transaction():
+            await conn.execute(schema.NAMES_IN_FULL)
+            rows = await (await conn.execute(schema.QUERY)).fetchall()
+        known = {"known": [migration.version for migration in migrate.migrations()]}
+        ledger = await (await conn.execute(DOCTOR["ledger"], known)).fetchall()
+    if any(not row["known"] for row in ledger):
+        return skipped("the database is of a newer pgscribe, of which this one knows too little")
+    expected = schema.expected()
+    found = schema.found([(row["kind"], row["object"], row["detail"]) for row in rows])
+    return together(
+        _differences(expected - found, found - expected),
+        ok(f"{len(expected)} things are as the migrations made them"),
+    )
+
+
+def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator[Finding]:
+    gone, new = _by_kind(missing), _by_kind(extra)
+    if gone["rls"]:
+        yield fail(
+            f"row level security is off on {_objects(gone['rls'])}: users see others' rows",
+            _each(gone["rls"], "alter table {} enable row level security"),
+        )
+    if gone["trigger"]:
+        yield fail(
+            "triggers are disabled or gone: "
+            + _some(f"{_name(line)} on {line.object}" for line in gone["trigger"]),
+            "Jobs are not queued, mirrored or guarded without them. "
+            + _each(gone["trigger"], "alter table {} enable trigger {name}")
+            + " Where one is gone, run its `create trigger` of db/migrations again.",
+        )
+    widened = [line for line in new["grant"] if not line.detail.startswith("service_role")]
+    if widened or new["policy"]:
+        yield fail(
+            "more is allowed than was: "
+            + _some(f"{line.object} {line.detail}" for line in [*widened, *new["policy"]]),
+            "Unless you meant it, take it back: "
+            + " ".join([*map(_revoke, widened), *map(_drop_policy, new["policy"])]),
+        )
+    withdrawn = gone["grant"] + gone["policy"]
+    if withdrawn:
+        yield fail(
+            "less is allowed than was: "
+            + _some(f"{line.object} {line.detail}" for line in withdrawn),
+            "Grant it again, as db/migrations does; clients get 42501 or see nothing.",
+        )
+    if gone["index"]:
+        yield warn(
+            "indexes are invalid or gone: " + _some(_name(line) for line in gone["index"]),
+            "Queries get slow without them. An invalid one: reindex index concurrently <name>; "
+            "one that is gone: its `create index` of db/migrations.",
+        )
+    if gone["function"]:
+        yield fail(
+            f"functions are not as the migrations made them: {_objects(gone['function'])}",
+            "Somebody has changed or dropped them; run their `create function` of db/migrations "
+            "again, as `create or replace`.",
+        )
+
+
+def _by_kind(lines: Iterable[schema.Line]) -> dict[str, list[schema.Line]]:
+    kinds: dict[str, list[schema.Line]] = defaultdict(list)
+    for line in sorted(lines):
+        kinds[line.kind].append(line)
+    return kinds
+
+
+def _objects(lines: list[schema.Line]) -> str:
+    return _some(dict.fromkeys(line.object for line in lines))
+
+
+def _name(line: schema.Line) -> str:
+    return line.detail.partition(":")[0]
+
+
+def _each(lines: list[schema.Line], statement: str) -> str:
+    """Return a statement for each, to be pasted."""
+    made = [statement.format(line.object, name=_name(line)) for line in lines[:MOST_NAMED]]
+    return " ".join(f"{text};" for text in made)
+
+
+def _revoke(line: schema.Line) -> str:
+    role, _, privilege = line.detail.partition(": ")
+    if line.object.endswith(")"):
+        return f"revoke {privilege} on function {line.object} from {role};"
+    if line.object.startswith("schema "):
+        return f"revoke {privilege} on {line.object} from {role};"
+    table, _, column = line.object.rpartition(".")
+    if "." in table:
+        return f"revoke {privilege} ({column}) on {table} from {role};"
+    return f"revoke {privilege} on {line.object} from {role};"
+
+
+def _drop_policy(line: schema.Line) -> str:
+    return f'drop policy "{_name(line)}" on {line.object};'
