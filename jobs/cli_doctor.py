@@ -62,7 +62,7 @@ def doctor(*, as_json: bool, strict: bool, only: set[str], skip: set[str]) -> No
         click.echo(json.dumps(examination.report(results), indent=2, ensure_ascii=False))
     else:
         click.echo(_summary(results))
-    sys.exit(not examination.succeeded(results, strict=strict))
+    sys.exit(0 if examination.succeeded(results, strict=strict) else 1)
 
 
 def _line(result: "Result", width: int) -> str:

@@ -286,6 +286,8 @@ async def check_pooler(context: Context) -> Finding:
 
 async def _keeps_prepared(*connections: Connection) -> bool:
     """Return whether what one connection has prepared is still there the next time."""
+    for conn in connections:
+        conn.prepare_threshold = 0
     try:
         for _ in range(2):
             for conn in connections:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from dotenv import dotenv_values
 
 from db.embedded import EmbeddedPostgres
 from jobs.dev import USER_ID
@@ -92,6 +93,13 @@ def test_dev_serves_other_commands_in_its_folder_until_ctrl_c(
 
     assert (folder / ".pgscribe" / "dev.env").stat().st_mode & 0o077 == 0
     assert pgscribe("migrate", "--status").returncode == 0
+    healthy = pgscribe("doctor", "--json", "--strict")
+    assert healthy.returncode == 0, healthy.stdout
+    statuses = {check["id"]: check["status"] for check in json.loads(healthy.stdout)["checks"]}
+    assert [name for name, status in statuses.items() if status != "ok"] == ["modal"]
+    secrets = dotenv_values(folder / ".pgscribe" / "dev.env")
+    for name in ("PGSCRIBE_DATABASE_URL", "PGSCRIBE_JWT_SECRET", "PGSCRIBE_TOKEN"):
+        assert str(secrets[name]) not in healthy.stdout + healthy.stderr
     done = pgscribe("transcribe", "--format", "json", "--word-timestamps", str(sample))
     assert done.returncode == 0, done.stderr
     transcript = json.loads(done.stdout)

@@ -109,6 +109,34 @@ async def test_what_is_deployed_is_what_a_worker_calls(
     assert calls[-2:] == ["prepare_audio", "discard_audio"]
 
 
+def test_the_doctor_says_so_as_well(run: Run, cloud: Address, tmp_path: Path) -> None:
+    def modal(**variables: str) -> tuple[int, str]:
+        """Return the exit status of `pgscribe doctor` and what it says of Modal."""
+        settings = {
+            "PGSCRIBE_DATABASE_URL": "postgresql://nowhere",
+            "PGSCRIBE_JWT_SECRET": "0123456789abcdef0123456789abcdef",
+            "PGSCRIBE_COMPUTE": "modal",
+            "PGSCRIBE_PUBLIC_URL": "https://api.example.org",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "doctor", "--only", "modal"],
+            cwd=tmp_path, env=environment(cloud, **(settings | app_named("doctor") | variables)),
+            capture_output=True, text=True, check=False, timeout=PATIENCE,
+        )  # fmt: skip
+        assert SECRET not in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        return done.returncode, done.stdout.split("modal", 1)[1]
+
+    status, said = modal()
+    assert (status, "no app doctor; run `pgscribe deploy`" in said) == (1, True)
+    status, said = modal(MODAL_TOKEN_SECRET="as-of-somebody")
+    assert (status, "refuses the token" in said, "modal token new" in said) == (1, True, True)
+    assert run(**app_named("doctor")).returncode == 0
+    status, said = modal()
+    assert (status, f"code {fingerprint()}" in said) == (0, True)
+    assert modal(MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")[0] == 1
+
+
 def test_a_check_names_what_has_changed_and_a_deployment_changes_it(run: Run) -> None:
     name = app_named("changes")
     assert run(**name).returncode == 0
