@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from jobs import deploy
+from jobs.cli import main
 from jobs.compute.base import Prepare
 from jobs.compute.modal import CONNECT_TIMEOUT, ModalCompute
 from jobs.errors import DeploymentFailed, SettingsError
@@ -109,32 +111,34 @@ async def test_what_is_deployed_is_what_a_worker_calls(
     assert calls[-2:] == ["prepare_audio", "discard_audio"]
 
 
-def test_the_doctor_says_so_as_well(run: Run, cloud: Address, tmp_path: Path) -> None:
+def test_the_doctor_says_so_as_well(
+    run: Run, cloud: Address, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "PGSCRIBE_DATABASE_URL": "postgresql://nowhere",
+        "PGSCRIBE_JWT_SECRET": "0123456789abcdef0123456789abcdef",
+        "PGSCRIBE_COMPUTE": "modal",
+        "PGSCRIBE_PUBLIC_URL": "https://api.example.org",
+    } | app_named("doctor")
+
     def modal(**variables: str) -> tuple[int, str]:
         """Return the exit status of `pgscribe doctor` and what it says of Modal."""
-        settings = {
-            "PGSCRIBE_DATABASE_URL": "postgresql://nowhere",
-            "PGSCRIBE_JWT_SECRET": "0123456789abcdef0123456789abcdef",
-            "PGSCRIBE_COMPUTE": "modal",
-            "PGSCRIBE_PUBLIC_URL": "https://api.example.org",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "doctor", "--only", "modal"],
-            cwd=tmp_path, env=environment(cloud, **(settings | app_named("doctor") | variables)),
-            capture_output=True, text=True, check=False, timeout=PATIENCE,
-        )  # fmt: skip
-        assert SECRET not in done.stdout + done.stderr
-        assert "Traceback" not in done.stdout + done.stderr
-        return done.returncode, done.stdout.split("modal", 1)[1]
+        variables = settings | cloud.environment() | variables
+        done = CliRunner().invoke(main, ["doctor", "--only", "modal"], env=variables)
+        assert SECRET not in done.output
+        assert "Traceback" not in done.output
+        return done.exit_code, done.stdout.split("modal", 1)[1]
 
     status, said = modal()
     assert (status, "no app doctor; run `pgscribe deploy`" in said) == (1, True)
     status, said = modal(MODAL_TOKEN_SECRET="as-of-somebody")
     assert (status, "refuses the token" in said, "modal token new" in said) == (1, True, True)
+    status, said = modal(MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")
+    assert (status, "MODAL_TOKEN_ID" in said) == (1, True)
     assert run(**app_named("doctor")).returncode == 0
     status, said = modal()
     assert (status, f"code {fingerprint()}" in said) == (0, True)
-    assert modal(MODAL_TOKEN_ID="", MODAL_TOKEN_SECRET="")[0] == 1
 
 
 def test_a_check_names_what_has_changed_and_a_deployment_changes_it(run: Run) -> None:
