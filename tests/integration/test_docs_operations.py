@@ -1,0 +1,135 @@
+"""What docs/runbook.md, upgrading.md, rotating-keys.md and doctor.md tell operators to run."""
+
+import configparser
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+from jobs.doctor.all import CHECKS
+from jobs.settings import Settings
+from tests.doc_blocks import DOCS, Block, blocks
+from tests.integration.test_docs_sql import JOB, last_rows, make_job
+
+DOCUMENTS = ("runbook.md", "upgrading.md", "rotating-keys.md")
+SQL = [block for name in DOCUMENTS for block in blocks(name, "sql")]
+COMMANDS = [block for name in DOCUMENTS for block in blocks(name, "bash")]
+SIGN_OFF = 5.0  # seconds that a worker takes to tell the database that it ends
+
+Seeds = dict[str, str]
+
+
+@pytest.fixture
+def pgscribe(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", settings.database_url.get_secret_value())
+    monkeypatch.setenv("PGSCRIBE_JWT_SECRET", settings.require_jwt_secret())
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(main, arguments)
+        allowed = {0, 1} if arguments[0] == "doctor" else {0}
+        assert done.exit_code in allowed, (arguments, done.output)
+        assert "Traceback" not in done.output
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def seeds(conn: psycopg.Connection, user: UUID, pgscribe: Callable[..., str]) -> Seeds:
+    """A database with a job in each state, an endpoint and a key."""
+    make_job(conn, user, "queued")
+    make_job(conn, user, "completed")
+    failed = make_job(conn, user, "queued")
+    for status in ("doing", "failed"):
+        conn.execute(
+            "update processing_jobs set error_code = 'call_timeout', error = 'It took too long'"
+            " where id = %s and status = 'processing'", (failed,),
+        )  # fmt: skip
+        conn.execute(
+            "update procrastinate.procrastinate_jobs set status = %s where id ="
+            " (select job_id::bigint from processing_jobs where id = %s)", (status, failed),
+        )  # fmt: skip
+    pgscribe("keys", "create", "nightly", "--user", str(user))
+    pgscribe("webhooks", "create", "https://example.org/hook", "--user", str(user))
+    return {
+        "$USER_ID": str(user),
+        "$KEY_ID": pgscribe("keys", "list").split()[0],
+        "$ENDPOINT_ID": pgscribe("webhooks", "endpoints").split()[0],
+        JOB: make_job(conn, user, "processing"),
+    }
+
+
+def test_statements_and_commands_work(
+    conn: psycopg.Connection, seeds: Seeds, pgscribe: Callable[..., str]
+) -> None:
+    for block in SQL:
+        assert len(rows(conn, block, seeds)) == expected(block), (block.name, block.code)
+    for block in COMMANDS:
+        assert block.how == ("cli",), block.name
+        for line in block.code.replace(" || true", "").splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "pgscribe", block.name
+            if arguments != ["doctor"]:  # `pgscribe dev` is examined as a whole
+                pgscribe(*(seeds.get(word, word) for word in arguments))
+
+
+def expected(block: Block) -> int:
+    return int(dict(pair.split("=") for pair in block.how)["rows"])
+
+
+def rows(conn: psycopg.Connection, block: Block, seeds: Seeds) -> list[dict[str, object]]:
+    """Run a block and undo it."""
+    code = block.code.replace(JOB, seeds[JOB])
+    with conn.transaction(force_rollback=True), conn.cursor() as cursor:
+        cursor.execute(code.encode())
+        return last_rows(cursor)  # type: ignore[arg-type]
+
+
+def test_the_blocks_are_found() -> None:
+    assert len(SQL) >= 10
+    assert len(COMMANDS) >= 12
+
+
+def test_the_unit_lets_a_worker_drain() -> None:
+    (block,) = blocks("upgrading.md", "ini")
+    unit = configparser.ConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(block.code)
+    service = unit["Service"]
+    name, seconds = service["Environment"].split("=")
+    assert name == "PGSCRIBE_SHUTDOWN_TIMEOUT"
+    assert float(service["TimeoutStopSec"]) >= float(seconds) + SIGN_OFF
+    assert service["KillMode"] == "mixed"
+
+
+def test_the_report_is_as_documented(pgscribe: Callable[..., str]) -> None:
+    (block,) = blocks("doctor.md", "json")
+    documented = json.loads(block.code)
+    report = json.loads(pgscribe("doctor", "--json", "--only", "settings"))
+    assert set(report) == set(documented)
+    assert report["format"] == documented["format"]
+    assert set(report["checks"][0]) == set(documented["checks"][0])
+    table = (DOCS / "doctor.md").read_text(encoding="utf-8")
+    for check in CHECKS:
+        assert f"`{check.id}`" in table, "each check is in the table"
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    text = (DOCS / "runbook.md").read_text(encoding="utf-8")
+    headings = {
+        line.removeprefix("## ").lower().replace(" ", "-").replace(",", "")
+        for line in text.splitlines()
+        if line.startswith("## ")
+    }
+    linked = {part.split(")")[0] for part in text.split("](#")[1:]}
+    assert linked <= headings
+    assert headings <= linked, "each section is in the list"
