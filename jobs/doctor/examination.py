@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
@@ -81,6 +82,11 @@ async def _run(
 
 def _unforeseen(problem: BaseException) -> Finding:
     text = " ".join(str(problem).split()) or "no message"
+    if isinstance(problem, psycopg.OperationalError):
+        return fail(
+            f"the database broke off or did not answer: {text}",
+            "See what `database` says, and the server's log; then run this again.",
+        )
     return fail(
         f"{type(problem).__name__}: {text}",
         "The check itself failed; what it says may tell why. If not, please report it.",

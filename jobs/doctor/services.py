@@ -115,8 +115,10 @@ async def _check_bucket(settings: Settings) -> Finding:
     try:
         await setup.run(settings, said.append, check=True)
     except PgscribeError as exc:
+        public = "the bucket is public: whoever knows a path hears the recording; "
+        text = _in_short(exc)
         return fail(
-            _in_short(exc),
+            f"{public}{text}" if "another public" in text else text,
             "Run `pgscribe setup-storage`; it makes the bucket private, sets its limits and "
             "policies, and tries them.",
         )

@@ -96,11 +96,18 @@ async def check_schema(context: Context) -> Finding:
 
 
 def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator[Finding]:
-    gone, new = _by_kind(missing), _by_kind(extra)
-    if gone["rls"]:
+    new = _by_kind(extra)
+    there = {line.object for line in new["rls"]}
+    dropped = {line.object for line in missing if line.kind == "rls"} - there
+    gone = _by_kind(line for line in missing if line.object not in dropped)
+    if dropped:
         yield fail(
-            f"row level security is off on {_objects(gone['rls'])}: users see others' rows",
-            _each(gone["rls"], "alter table {} enable row level security"),
+            f"tables are gone: {_some(sorted(dropped))}", "Restore them: docs/backup.md says how."
+        )
+    if open_to_all := [line for line in new["rls"] if line.detail == "off"]:
+        yield fail(
+            f"row level security is off on {_objects(open_to_all)}: users see others' rows",
+            _each(open_to_all, "alter table {} enable row level security"),
         )
     if gone["trigger"]:
         yield fail(

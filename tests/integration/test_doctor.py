@@ -25,6 +25,7 @@ from psycopg import sql
 from db import migrate, schema
 from db.embedded import EmbeddedPostgres
 from jobs.cli import main
+from jobs.doctor import database as doctor_database
 from jobs.doctor import services
 from jobs.doctor.all import CHECKS
 from jobs.doctor.checks import Check, Context, Finding, fail, ok, together, warn
@@ -32,7 +33,9 @@ from jobs.doctor.database import check_database
 from jobs.doctor.environment import known_variables
 from jobs.doctor.examination import examine
 from jobs.settings import Settings
+from jobs.sql import DOCTOR
 from tests import jwks_server
+from tests.faults.proxy import Proxy
 from tests.streams import Work, until
 from tests.supabase_storage.server import Bucket, StandIn, serving
 
@@ -147,6 +150,25 @@ async def test_whatever_hangs_or_breaks_is_a_finding_and_the_rest_goes_on() -> N
     assert [result.status for result in results] == ["fail", "skipped", "fail", "ok"]
     assert "no answer within 0.3 s" in results[0].seen
     assert results[2].seen == "ValueError: with *** in it"
+
+
+@pytest.mark.anyio
+async def test_a_database_that_falls_silent_is_a_finding(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor_database, "LIMIT", 1.0)
+    parts = psycopg.conninfo.conninfo_to_dict(database)
+    with Proxy(int(str(parts["port"]))) as proxy:
+
+        async def asks(context: Context) -> Finding:
+            async with doctor_database.connected(context) as conn:
+                await asyncio.to_thread(proxy.swallow)
+                return ok(str(await doctor_database.one(conn, DOCTOR["now"])))
+
+        context = Context(Settings.load(database_url=proxy.url(database)))
+        (result,) = await examine([Check("silent", "", asks)], context, lambda _: None)
+    assert (result.status, "did not answer" in result.seen) == ("fail", True), result
+    assert result.seconds < 5
 
 
 def test_ids_are_unique_and_what_a_check_needs_comes_before_it() -> None:
@@ -324,6 +346,11 @@ CHANGES = {
         "indexes are invalid or gone: processing_jobs_due_idx",
         "Queries get slow",
     ),
+    "drop table processing_job_waveforms": (
+        "tables are gone: public.processing_job_waveforms",
+        "docs/backup.md",
+    ),
+    "alter table pgscribe.api_keys enable row level security": None,
     "create table mine (); grant all on mine to anon": None,
 }
 
@@ -339,6 +366,7 @@ def test_what_somebody_has_changed_in_the_dashboard_is_named(
         assert seen in found["seen"]
         assert mend in found["mend"]
     assert "mine" not in found["seen"]
+    assert "api_keys" not in found["seen"]
     repairs = [part for part in found["mend"].split(";") if "alter table" in part or " on " in part]
     assert len(repairs) >= 5
 
@@ -380,9 +408,10 @@ def answers(port: int) -> bool:
 
 @pytest.mark.skipif(PGBOUNCER is None, reason="needs PgBouncer (Debian: pgbouncer)")
 def test_a_pooler_in_transaction_mode_is_recognised_by_what_it_loses(
-    doctor: Doctor, database: str
+    doctor: Doctor, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert PGBOUNCER is not None
+    monkeypatch.setattr(doctor_database, "LISTEN_TIMEOUT", 0.5)
     with pgbouncer(database) as url:
         report = doctor("--only", "pooler,schema,clock", DATABASE_URL=url)
     mend = problem(report, "pooler", "LISTEN does not work", "warn")
@@ -466,7 +495,7 @@ def test_a_bucket_that_is_missing_public_or_closed_to_us_is_named(doctor: Doctor
 
         assert "setup-storage" in problem(storage(), "storage", "There is no bucket audio")
         server.buckets["audio"] = Bucket(public=True, file_size_limit=40_000_000)
-        problem(storage(), "storage", "Bucket audio has another public")
+        problem(storage(), "storage", "the bucket is public: whoever knows a path hears")
         server.buckets["audio"] = Bucket(
             file_size_limit=40_000_000, allowed_mime_types=["audio/*", "video/*"]
         )
