@@ -8,7 +8,7 @@ import signal
 
 import procrastinate
 
-from jobs import database, retention, tasks
+from jobs import __version__, database, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
 from jobs.database import Pool
@@ -56,7 +56,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
 
     Jobs that take longer, or that still run when ``stop_now`` is set, go back to the queue.
     """
-    pool = database.make_pool(settings, name="tasks", for_queue=True)
+    pool = database.make_pool(settings, name=f"tasks {__version__}", for_queue=True)
     app = make_app(settings)
     fetch = Fetcher(settings.max_upload_bytes, settings.fetch_timeout)
     async with (

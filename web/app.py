@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from jobs import database
+from jobs import __version__, database
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.storage.choose import make_storage
@@ -113,7 +113,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.waiters = Waiters()
     app.state.renderer = Renderer()
     app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
-    app.state.pool = database.make_pool(settings, name="web")
+    app.state.pool = database.make_pool(settings, name=f"web {__version__}")
     app.state.sign_in = choose(settings, app.state.pool)
     app.state.attempts = Throttle(settings.sign_in_rate_limit, "attempts to sign in")
     sessions = Sessions(settings, app.state.pool, app.state.sign_in)

@@ -2,6 +2,7 @@
 
 import httpx2
 
+from jobs import __version__
 from jobs.doctor.checks import Context, Finding, fail, ok, skipped, together, warn
 from jobs.doctor.database import Row, connected, one
 from jobs.settings import ServerAddress
@@ -37,6 +38,14 @@ async def check_workers(context: Context) -> Finding:
             "the stall timeout",
             "Workers give them back by themselves within PGSCRIBE_STALL_TIMEOUT; if this stays, "
             "see their logs.",
+        )
+    async with connected(context) as conn:
+        others = {*(await one(conn, DOCTOR["versions"]))["running"]} - {__version__}
+    if others:
+        return warn(
+            f"{queue['alive']} alive; workers or web servers of {', '.join(sorted(others))} run "
+            f"beside this pgscribe {__version__}",
+            "Replace them, unless an upgrade is under way: docs/upgrading.md.",
         )
     return ok(f"{queue['alive']} alive, {queue['running']} jobs in processing")
 

@@ -8,7 +8,6 @@ select current_setting('server_version') as version, current_setting('server_ver
        current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int as connections,
        (select count(*) from pg_stat_activity where backend_type = 'client backend') as used,
        (select count(*) from pg_stat_activity where application_name = 'pgscribe worker' and datname = current_database()) as workers,
-       (select count(*) from pg_stat_activity where application_name = 'pgscribe web' and datname = current_database()) > 0 as web,
        pg_is_in_recovery() as standby
   from pg_roles r where r.rolname = current_user
 
@@ -61,6 +60,12 @@ select (select count(*) from procrastinate.procrastinate_workers w
        array(select s.queue_name || ' since ' || to_char(s.paused_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI "UTC"')
                from pgscribe.queue_settings s where s.paused_at is not null order by 1) as paused,
        (select count(*) from pgscribe.owner_limits l where l.paused_at is not null) as paused_owners
+
+-- versions --
+-- Connections of workers' and web servers' pools are named so: pgscribe tasks 0.1.0.
+select array(
+  select distinct split_part(a.application_name, ' ', 3) from pg_stat_activity a
+   where a.datname = current_database() and a.application_name ~ '^pgscribe (tasks|web) \S+$' order by 1) as running
 
 -- webhooks --
 select (select count(*) from (

@@ -250,7 +250,7 @@ class Chaos:
         restart_postgres(self._server, how, pause=self._chance.choice((0.0, 0.0, 1.0, 4.0)))
 
     def _disconnect(self) -> None:
-        name = self._chance.choice(("pgscribe worker", "pgscribe tasks", "pgscribe %"))
+        name = self._chance.choice(("pgscribe worker", "pgscribe tasks %", "pgscribe %"))
         self._database.value(DISCONNECT, name, self._chance.choice((0.5, 1.0)))
 
     def _lock_rows(self) -> None:

@@ -599,6 +599,9 @@ def test_at_three_in_the_morning_it_says_why_nothing_goes_on(
     assert report["workers"]["status"] == "ok"
     assert "max_running" in problem(report, "queue", "2 jobs wait, the oldest for 2 hours", "warn")
     problem(report, "webhooks", "1 deliveries wait to be sent, the oldest for 2 hours")
+    with psycopg.connect(database, application_name="pgscribe tasks 0.0.9"):
+        mend = problem(doctor(*only), "workers", "web servers of 0.0.9 run beside", "warn")
+    assert "docs/upgrading.md" in mend
     conn.execute(
         "update procrastinate.procrastinate_workers set last_heartbeat = now() - interval '1 hour'"
     )
