@@ -72,9 +72,6 @@ def _secret_problems(settings: Settings) -> Iterator[Finding]:
 
 async def _fetch_keys(url: str) -> dict[str, str]:
     """Return the algorithm of each key that can be used, by its id. Raises ``Unreachable``."""
-    parts = httpx2.URL(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    await reach(parts.host, port, name="PGSCRIBE_SUPABASE_URL or PGSCRIBE_JWKS_URL")
     mend = (
         "Correct PGSCRIBE_SUPABASE_URL, which is https://<ref>.supabase.co, or PGSCRIBE_JWKS_URL; "
         "see whether the project is paused."
@@ -83,6 +80,10 @@ async def _fetch_keys(url: str) -> dict[str, str]:
         async with httpx2.AsyncClient(timeout=HTTP_TIMEOUT) as client:
             answer = await client.get(url, headers={"Accept": "application/json"})
     except httpx2.HTTPError as exc:
+        # Asked only now, as the way may have led through a proxy.
+        parts = httpx2.URL(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        await reach(parts.host, port, name="PGSCRIBE_SUPABASE_URL or PGSCRIBE_JWKS_URL")
         raise Unreachable(fail(f"{url} gives no answer ({_in_short(exc)})", mend)) from exc
     if not answer.is_success:
         raise Unreachable(fail(f"{url} answers HTTP {answer.status_code}", mend))
