@@ -1,7 +1,5 @@
 """The database: reached, as whom, with which limits, through which pooler, at what time."""
 
-import contextlib
-import ipaddress
 import os
 import secrets
 import time
@@ -18,7 +16,7 @@ from psycopg.rows import dict_row
 
 from jobs.database import deadline
 from jobs.doctor.checks import Context, Finding, fail, ok, together, warn
-from jobs.doctor.network import Unreachable, reach
+from jobs.doctor.network import Unreachable, is_near, reach
 from jobs.sql import DOCTOR
 
 LIMIT = 10.0  # seconds for one connection and all that is asked on it
@@ -203,20 +201,12 @@ async def check_encryption(context: Context) -> Finding:
         mode = conninfo_to_dict(context.settings.database_url.get_secret_value()).get("sslmode")
         checked = "checked" if mode in {"verify-ca", "verify-full"} else "not checked"
         return ok(f"TLS; the server's certificate is {checked}")
-    if _is_local(host, address):
-        return ok("not encrypted, and does not leave this machine")
+    if is_near(host, address):
+        return ok("not encrypted, and does not leave this machine or its containers' network")
     return warn(
         f"what passes to {host} is not encrypted: password, transcripts and all",
         "Add ?sslmode=require to PGSCRIBE_DATABASE_URL, or sslmode=verify-full with sslrootcert.",
     )
-
-
-def _is_local(host: str, address: str) -> bool:
-    if host.startswith("/"):
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address or host).is_loopback
-    return host == "localhost"
 
 
 async def check_capacity(context: Context) -> Finding:

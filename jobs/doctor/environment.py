@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import jwt
 
 from jobs.doctor.checks import Context, Finding, fail, ok, together, warn
+from jobs.doctor.network import is_near
 from jobs.errors import SettingsError
 from jobs.settings import ClientSettings, Settings, dotenv
 from jobs.storage.choose import make_storage
@@ -108,7 +109,7 @@ def _doubts(settings: Settings) -> Iterator[Finding]:
             "Unset PGSCRIBE_JWT_ISSUER unless another service issues the tokens.",
         )
     project = settings.supabase_url
-    if project and urlsplit(project).scheme == "http" and not _is_here(project):
+    if project and urlsplit(project).scheme == "http" and not _is_near(project):
         yield warn(
             "PGSCRIBE_SUPABASE_URL is http://: keys and audio pass unencrypted", "Use https://."
         )
@@ -139,6 +140,10 @@ def _is_secret_key(key: str) -> bool:
 
 def _is_publishable_key(key: str) -> bool:
     return key.startswith("sb_publishable_") or _role(key) == "anon"
+
+
+def _is_near(url: str) -> bool:
+    return is_near(urlsplit(url).hostname or "")
 
 
 def _is_here(url: str) -> bool:

@@ -29,7 +29,7 @@ async def check_ffmpeg(context: Context) -> Finding:
         decoded = await in_thread(_decode)
     except ImportError as exc:
         return fail(
-            f"{exc.name} is not installed", "Run: pip install 'pgscribe[embedded]' on workers."
+            f"{exc.name} is not installed", "Run: pip install 'pgscribe[local]' on workers."
         )
     except Exception as exc:  # noqa: BLE001 - whatever it is, recordings cannot be decoded
         return fail(
@@ -76,7 +76,7 @@ async def check_engine(context: Context) -> Finding:
         lines = said.decode(errors="replace").strip().splitlines() or [str(process.returncode)]
         return fail(
             f"{settings.engine} cannot be loaded: {lines[-1]}",
-            "Install it again: pip install --force-reinstall 'pgscribe[embedded]'.",
+            "Install it again: pip install --force-reinstall 'pgscribe[local]'.",
         )
     return ok(f"{settings.engine} can be loaded")
 
@@ -103,7 +103,7 @@ async def check_weights(context: Context) -> Finding:
     try:
         missing = await in_thread(look)
     except ImportError as exc:
-        return fail(f"{exc.name} is not installed", "Run: pip install 'pgscribe[embedded]'.")
+        return fail(f"{exc.name} is not installed", "Run: pip install 'pgscribe[local]'.")
     if missing:
         return warn(
             f"{', '.join(missing)}: no weights in {settings.models_dir / settings.engine}; the "

@@ -54,6 +54,16 @@ async def reach(host: str, port: int, *, name: str) -> str:
     )
 
 
+def is_near(host: str, address: str = "") -> bool:
+    """Return whether what passes to a host stays on this machine, or on its containers' network.
+
+    Only the latter have names of one word.
+    """
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host or address).is_loopback
+    return host.startswith("/") or "." not in host
+
+
 async def _look_up(host: str, port: int, name: str) -> list[str]:
     with contextlib.suppress(ValueError):
         return [str(ipaddress.ip_address(host))]

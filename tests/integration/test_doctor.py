@@ -32,6 +32,7 @@ from jobs.doctor.checks import Check, Context, Finding, fail, ok, together, warn
 from jobs.doctor.database import check_database
 from jobs.doctor.environment import known_variables
 from jobs.doctor.examination import examine
+from jobs.doctor.network import is_near
 from jobs.settings import Settings
 from jobs.sql import DOCTOR
 from tests import jwks_server
@@ -248,6 +249,17 @@ def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database:
     )[0]  # fmt: skip
     assert "no URL of a database" in seen("postgresql://postgres:pass word@/x?y")[0]
     assert "no encrypted connection" in seen(with_parts(database, sslmode="require"))[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "near"),
+    [
+        ("127.0.0.1", True), ("::1", True), ("localhost", True), ("/run/postgresql", True),
+        ("db", True), ("db.abc.supabase.co", False), ("10.0.0.5", False), ("2001:db8::1", False),
+    ],
+)  # fmt: skip
+def test_what_leaves_this_machine_is_known(host: str, *, near: bool) -> None:
+    assert is_near(host) is near
 
 
 def test_a_role_that_may_too_little_is_named(
