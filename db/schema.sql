@@ -46,6 +46,10 @@ select 'function', f.name,
        concat_ws(' ', md5(f.prosrc), case when f.prosecdef then 'definer' else 'invoker' end)
   from functions f where f.nspname <> 'procrastinate' or f.proname like 'pgscribe%'
 union all
+select 'realtime', r.name, 'published'
+  from relations r join pg_publication_tables p on p.schemaname = r.nspname and p.tablename = r.relname
+ where p.pubname = 'supabase_realtime'
+union all
 select 'grant', g.object, format('%s: %s', r.name, lower(g.privilege_type))
   from grants g join roles r on r.oid = g.grantee where g.privilege_type <> 'MAINTAIN'
  order by 1, 2, 3

@@ -81,6 +81,8 @@ begin
   perform pgscribe.wake_workers();
 end $$;
 
+-- Who calls it without arguments, as before, calls the one that follows in the same transaction.
+-- squawk-ignore ban-drop-function
 drop function public.operator_pause_queue();
 create function public.operator_pause_queue(queue_name text default 'transcription') returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
@@ -91,6 +93,8 @@ end $$;
 comment on function public.operator_pause_queue is
   'For operators: starts no more jobs of a queue (transcription, webhooks or maintenance) until operator_resume_queue; running ones go on.';
 
+-- Who calls it without arguments, as before, calls the one that follows in the same transaction.
+-- squawk-ignore ban-drop-function
 drop function public.operator_resume_queue();
 create function public.operator_resume_queue(queue_name text default 'transcription') returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
@@ -106,6 +110,8 @@ grant execute on function public.operator_pause_queue, public.operator_resume_qu
 -- The newest of everybody's jobs are what the dashboard asks for first. Without it that reads and sorts all there are.
 -- The condition holds for every job, but only queries that say so may use the index. An owner's list must not: if there
 -- are few owners, the planner would look for this one's jobs among all those that are newer.
+-- Nothing is written to the table while it is made: workers and requests try again.
+-- squawk-ignore require-concurrent-index-creation
 create index processing_jobs_created_idx on public.processing_jobs (created_at desc, id desc) where attempt >= 0;
 
 -- One job, one row -------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator
             "Queries get slow without them. An invalid one: reindex index concurrently <name>; "
             "one that is gone: its `create index` of db/migrations.",
         )
+    if gone["realtime"]:
+        yield warn(
+            f"Supabase Realtime says nothing of changes to {_objects(gone['realtime'])}",
+            _each(gone["realtime"], "alter publication supabase_realtime add table {}"),
+        )
     if gone["function"]:
         yield fail(
             f"functions are not as the migrations made them: {_objects(gone['function'])}",

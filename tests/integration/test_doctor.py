@@ -354,6 +354,10 @@ CHANGES = {
         "functions are not as the migrations made them: pgscribe.is_operator()",
         "create or replace",
     ),
+    "alter publication supabase_realtime drop table processing_jobs": (
+        "Supabase Realtime says nothing of changes to public.processing_jobs",
+        "alter publication supabase_realtime add table public.processing_jobs;",
+    ),
     "drop index processing_jobs_due_idx": (
         "indexes are invalid or gone: processing_jobs_due_idx",
         "Queries get slow",
