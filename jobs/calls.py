@@ -34,6 +34,11 @@ class Call:
     id: str | None = None
     calls: int = 0
 
+    @property
+    def kind(self) -> str:
+        """Which of the two functions it calls."""
+        return "prepare" if self.index is None else "transcribe"
+
 
 @dataclass(slots=True)
 class Chunk(Call):
@@ -85,6 +90,12 @@ class CallLog:
             [Chunk(c["index"], c["call_id"], c["calls"], c["result"]) for c in chunks or ()],
             done.get("refusal"),
         )
+
+    async def waited_seconds(self) -> float | None:
+        """Return how long the job could have started before it did; none: it is lost."""
+        waited: float | None
+        (waited,) = await self._execute("waited_seconds")
+        return waited
 
     async def audio_url(self) -> str | None:
         """Return where the job's audio is to be fetched from, if it says so."""

@@ -144,9 +144,23 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
 @click.option(
     "--concurrency", type=click.IntRange(1), help="Jobs at a time [PGSCRIBE_WORKER_CONCURRENCY]."
 )
+@click.option(
+    "--health-host", help="Address of /healthz, /readyz, /metrics [PGSCRIBE_WORKER_HEALTH_HOST]."
+)
+@click.option(
+    "--health-port",
+    type=click.IntRange(1, 65535),
+    help="Port of these; without one, there are none [PGSCRIBE_WORKER_HEALTH_PORT].",
+)
 @stop_with_stdin
 @friendly
-def worker(*, concurrency: int | None, stop_with_stdin: bool) -> None:
+def worker(
+    *,
+    concurrency: int | None,
+    health_host: str | None,
+    health_port: int | None,
+    stop_with_stdin: bool,
+) -> None:
     """Run jobs as they come in, woken by LISTEN/NOTIFY.
 
     On SIGTERM or Ctrl-C it takes no more jobs, lets the running ones finish for
@@ -158,8 +172,12 @@ def worker(*, concurrency: int | None, stop_with_stdin: bool) -> None:
     from jobs.worker import run_until_signalled
 
     _setup_logging()
-    overrides = {} if concurrency is None else {"worker_concurrency": concurrency}
-    settings = Settings.load(**overrides)
+    given = {
+        "worker_concurrency": concurrency,
+        "worker_health_host": health_host,
+        "worker_health_port": health_port,
+    }
+    settings = Settings.load(**{name: value for name, value in given.items() if value is not None})
     if stop_with_stdin:
         _stop_with_stdin()
     asyncio.run(run_until_signalled(settings))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
+from jobs.errors import DatabaseUnavailable
 from jobs.settings import Settings
 from jobs.sql import SESSIONS
 
@@ -81,6 +82,26 @@ class Pool(AsyncConnectionPool[Connection]):
         """Give back what nobody waits for any more."""
         if not getting.cancelled() and getting.exception() is None:
             _leave_behind(asyncio.create_task(super().putconn(getting.result())))
+
+
+async def promptly(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Return what asking the database returns. Raises ``DatabaseUnavailable``, at once or in time.
+
+    What hangs is cancelled and not waited for.
+    """
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            _leave_behind(task)
+    if not task.done():
+        raise DatabaseUnavailable
+    try:
+        return task.result()
+    except psycopg.OperationalError as exc:
+        raise DatabaseUnavailable from exc
 
 
 async def _patiently(task: asyncio.Task[T], seconds: float) -> T:

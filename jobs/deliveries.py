@@ -24,6 +24,7 @@ import psycopg
 from procrastinate import jobs as queue_jobs
 from standardwebhooks import Webhook
 
+from jobs import metrics
 from jobs.database import Pool
 from jobs.errors import (
     PgscribeError,
@@ -72,6 +73,13 @@ class _Outcome:
     status: int | None = None
     excerpt: str | None = None
 
+    @property
+    def name(self) -> str:
+        """What became of it, in a word."""
+        if self.error is None:
+            return "delivered"
+        return "failed" if isinstance(self.error, WebhookFailed) else "given_up"
+
 
 @dataclass(frozen=True, slots=True)
 class Deliverer:
@@ -99,10 +107,12 @@ class Deliverer:
         body = self._body(begun["payload"])
         started = time.monotonic()
         outcome = await self._send(begun["url"], body, _sign(delivery, body, begun["secrets"]))
+        seconds = time.monotonic() - started
+        metrics.webhook_sent(outcome.name, outcome.status, seconds)
         await self._insist(
             "record_delivery",
             delivery=delivery,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             status=outcome.status,
             excerpt=outcome.excerpt,
             error_code=outcome.error and outcome.error.code,

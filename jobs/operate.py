@@ -268,6 +268,17 @@ async def overview(conn: Connection, *, hours: int, stall_timeout: float) -> Ove
         ) from exc
 
 
+async def metrics(conn: Connection, *, stall_timeout: float) -> dict[str, Any]:
+    """Return figures for monitoring, as ``public.operator_metrics`` has them."""
+    async with conn.cursor(row_factory=scalar_row) as cursor:
+        await cursor.execute(OPERATE["limit_metrics_time"])
+        with _operators_only():
+            await cursor.execute(OPERATE["operator_metrics"], {"stall_timeout": stall_timeout})
+        figures: dict[str, Any] | None = await cursor.fetchone()
+    assert figures is not None
+    return figures
+
+
 async def list_jobs(
     conn: Connection, jobs: JobFilter, *, limit: int = 50, after: Cursor | None = None
 ) -> tuple[list[OperatorJob], Cursor | None]:

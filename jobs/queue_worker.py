@@ -15,7 +15,7 @@ import procrastinate
 from procrastinate import exceptions, job_context, signals
 from procrastinate import worker as procrastinate_worker
 
-from jobs import execution
+from jobs import execution, metrics
 from jobs.backoff import Backoff
 from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
 from jobs.queue import LIGHT_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Due, Ended, Queue, Turn
@@ -33,6 +33,24 @@ WORKERS_CHANNEL = "pgscribe_workers"
 JOBS_CHANNEL = f"procrastinate_queue_v1#{QUEUE_NAME}"
 LIGHT_CHANNELS = frozenset(f"procrastinate_queue_v1#{name}" for name in LIGHT_QUEUES)
 CHANNELS = (WORKERS_CHANNEL, JOBS_CHANNEL, *LIGHT_CHANNELS)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How a worker is.
+
+    ``turned`` and ``contact`` are seconds since its loop went round, and since the database
+    answered it; ``away``: what it sent last was not answered. ``running`` and ``slots`` are of
+    transcriptions and of light jobs.
+    """
+
+    turned: float
+    contact: float
+    away: bool
+    hears: bool
+    draining: bool
+    running: tuple[int, int]
+    slots: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -95,7 +113,8 @@ class Worker(procrastinate_worker.Worker):
         self._next_beat = 0.0
         self._next_poll = 0.0
         self._next_echo_check: float | None = None
-        self._last_contact = time.monotonic()
+        self._last_contact = self._turned_at = time.monotonic()
+        self._away = True  # until the database has answered for the first time
         self._sweep_from = 0.0
         self._draining = False
         self._stop_at: float | None = None
@@ -143,6 +162,22 @@ class Worker(procrastinate_worker.Worker):
         self._give_up_at = min(self._give_up_at, time.monotonic() + SIGN_OFF_TIMEOUT)
         self._changed.set()
 
+    @property
+    def condition(self) -> Condition:
+        """How the worker is. Any thread may ask."""
+        now = time.monotonic()
+        running = list(self._running.values())
+        light = sum(job.claimed.attempt is None for job in running)
+        return Condition(
+            turned=now - self._turned_at,
+            contact=now - self._last_contact,
+            away=self._away,
+            hears=self._queue.connection.hears,
+            draining=self._draining,
+            running=(len(running) - light, light),
+            slots=(self.concurrency, self._light_slots),
+        )
+
     async def _drain_when_stopped(self) -> None:
         await self._stop_event.wait()
         self._draining = True
@@ -171,6 +206,7 @@ class Worker(procrastinate_worker.Worker):
         backoff = Backoff()
         away_since: float | None = None
         while not self._done():
+            self._turned_at = time.monotonic()
             try:
                 if not self._id:
                     self._id = await self._queue.register()
@@ -178,11 +214,13 @@ class Worker(procrastinate_worker.Worker):
                     self._next_beat = 0.0
                     self._look_for_all()
                 await self._take_turn_or_wait()
+                self._away = False
                 backoff.reset()
                 if away_since is not None:
                     logger.warning("Back in touch after %.1f s", time.monotonic() - away_since)
                     away_since = None
             except DatabaseUnavailable as exc:
+                self._away = True
                 if away_since is None:
                     away_since = time.monotonic()
                     logger.warning("The database does not answer, trying again: %s", exc)
@@ -216,6 +254,7 @@ class Worker(procrastinate_worker.Worker):
         self._changed.clear()
         free, light = self._free_slots()
         if now >= self._next_poll and (free or light):
+            metrics.POLLS.inc()
             self._look_for_all()
         due = (free and self._wakeups.due) or (light and self._light_wakeups.due)
         if self._ended or self._abort_requested or due:
@@ -251,17 +290,18 @@ class Worker(procrastinate_worker.Worker):
         self._abort_requested = False
         self._turning = True
         try:
-            turn = await self._queue.turn(
-                self._id,
-                [end for _, end in ended],
-                free,
-                announcement(reached) if free and self._wakeups.workers > 1 else None,
-                light=light,
-                light_announcement=(
-                    announcement(light_reached) if light and self._wakeups.workers > 1 else None
-                ),
-                running=bool(self._running),
-            )
+            with metrics.TURN_SECONDS.time():
+                turn = await self._queue.turn(
+                    self._id,
+                    [end for _, end in ended],
+                    free,
+                    announcement(reached) if free and self._wakeups.workers > 1 else None,
+                    light=light,
+                    light_announcement=(
+                        announcement(light_reached) if light and self._wakeups.workers > 1 else None
+                    ),
+                    running=bool(self._running),
+                )
         except UNUSABLE:
             await self._end_one_by_one(ended)
             return
@@ -358,6 +398,7 @@ class Worker(procrastinate_worker.Worker):
         self._next_beat = now + self._beat_interval
         self._next_echo_check = now + min(ECHO_TIMEOUT, self._beat_interval / 2)
         if beat is None:
+            metrics.PRESUMED_DEAD.inc()
             logger.warning("Worker %s was presumed dead; its jobs are no longer its own", self._id)
             self._id = 0
             self._ended.clear()
@@ -373,6 +414,7 @@ class Worker(procrastinate_worker.Worker):
             self._next_beat = min(self._next_beat, now + pause)
         if beat.orphans:
             logger.warning("Gave back %s jobs whose claim went unheard", beat.orphans)
+        metrics.SWEPT.inc(beat.swept)
         if beat.swept:
             logger.warning("Swept %s jobs of workers presumed dead", beat.swept)
         for running in self._running.values():
@@ -383,6 +425,7 @@ class Worker(procrastinate_worker.Worker):
     # Notifications: hints to look, never the truth
 
     def _on_listening(self) -> None:
+        metrics.CONNECTIONS.inc()
         self._look_for_all()  # whatever was sent during the gap
         self._abort_requested = True
         self._changed.set()
@@ -410,6 +453,7 @@ class Worker(procrastinate_worker.Worker):
             case {"type": "job_inserted", "job_id": int(job_id)}:
                 light = channel in LIGHT_CHANNELS
                 if self._free_slots()[light] > 0:
+                    metrics.NOTIFICATIONS.labels("light" if light else "transcription").inc()
                     (self._light_wakeups if light else self._wakeups).add(job_id)
                     self._changed.set()
 
@@ -422,6 +466,7 @@ class Worker(procrastinate_worker.Worker):
 
     async def _run_job(self, running: _Running) -> None:
         claimed = running.claimed
+        started = time.monotonic()
         end: Ended | None
         try:
             context = {
@@ -444,6 +489,7 @@ class Worker(procrastinate_worker.Worker):
             end = self._end_of_unforeseen(claimed)
         finally:
             del self._running[claimed.key]
+        _count(claimed, end, time.monotonic() - started)
         if end is not None:
             self._ended.append((claimed, end))
         self._changed.set()
@@ -456,6 +502,14 @@ class Worker(procrastinate_worker.Worker):
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             for running in self._running.values():
                 running.stop("shutdown")
+
+
+def _count(claimed: ClaimedJob, end: Ended | None, seconds: float) -> None:
+    outcome, error_code = (end.outcome, end.error_code) if end else ("lost", None)
+    if claimed.attempt is None:
+        metrics.light_attempt_ended(claimed.queue_name, outcome)
+    else:
+        metrics.attempt_ended(outcome, error_code, seconds, end.audio_seconds if end else None)
 
 
 def _abort_reason(running: _Running) -> job_context.AbortReason | None:

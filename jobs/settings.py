@@ -329,6 +329,18 @@ class Settings(TokenSettings, CallSettings):
     worker_light_slots: PositiveInt = Field(
         10, description="Webhooks and maintenance tasks at a time per worker, beside its jobs."
     )
+    worker_health_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port on which a worker answers /healthz, /readyz and /metrics; by default it "
+        "listens on none.",
+    )
+    worker_health_host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address for that; nobody is asked who they are: let no stranger reach it.",
+    )
     webhook_networks: Networks = Field(
         (),
         description="Networks that webhooks may go to besides the public internet, on any port, "
@@ -396,10 +408,20 @@ class Settings(TokenSettings, CallSettings):
         return days
 
     @property
+    def gpu(self) -> str:
+        """The GPU that the Modal app has: of several kinds the first; `local` without Modal."""
+        if self.compute == "local":
+            return "local"
+        return self._modal_gpu
+
+    @property
+    def _modal_gpu(self) -> str:
+        return self.modal_gpu.split(",")[0].strip().upper().removesuffix("!").removesuffix("+")
+
+    @property
     def gpu_second_price(self) -> float:
         """Price of a second on a machine with the GPU that the Modal app has.
 
         A GPU whose price is unknown counts as free; of several kinds the first counts.
         """
-        gpu = self.modal_gpu.split(",")[0].strip().upper().removesuffix("!").removesuffix("+")
-        return self.gpu_prices.get(gpu, 0.0) + self.cpu_second_price
+        return self.gpu_prices.get(self._modal_gpu, 0.0) + self.cpu_second_price

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from jobs import metrics
 from jobs.backoff import Backoff
 from jobs.calls import (
     STATEMENT_TIMEOUT,
@@ -29,7 +30,7 @@ from jobs.calls import (
     stray_audio,
     stray_calls,
 )
-from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe
+from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe, Usage
 from jobs.database import Pool, deadline
 from jobs.errors import (
     AttemptLost,
@@ -83,6 +84,7 @@ class Limits:
     calls: int
     gpu_second_price: float
     cpu_second_price: float
+    gpu: str = "none"
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -96,6 +98,7 @@ class Limits:
             calls=settings.max_calls,
             gpu_second_price=settings.gpu_second_price,
             cpu_second_price=settings.cpu_second_price,
+            gpu=settings.gpu,
         )
 
 
@@ -181,6 +184,7 @@ class _Run:
 
     async def transcript(self) -> Transcript:
         known = await self._log.load()
+        metrics.picked_up(await self._log.waited_seconds())
         self._known |= {call.id for call in (known.preparation, *known.chunks) if call.id}
         writer = asyncio.create_task(self._write_progress())
         try:
@@ -203,6 +207,9 @@ class _Run:
         await _within(CLEAN_UP_TIMEOUT, self._discard(str(plan.pcm)))
         return transcript
 
+    def _count_usage(self, usage: Usage) -> None:
+        metrics.used(self._limits.gpu, usage.gpu_seconds, usage.cpu_seconds, self._prices)
+
     @property
     def _prices(self) -> tuple[float, float]:
         return self._limits.gpu_second_price, self._limits.cpu_second_price
@@ -211,6 +218,7 @@ class _Run:
         if known.plan is None:
             outcome = await self._outcome(known.preparation, self._prepare, lambda _: None)
             known = await self._log.store_plan(known.preparation, outcome)
+            self._count_usage(outcome.usage)
         plan = known.plan
         assert plan is not None
         if known.refusal is not None:
@@ -238,6 +246,8 @@ class _Run:
         async with slots, self._calls:
             outcome = await self._outcome(chunk, transcribe, report)
             await self._log.store_chunk(chunk, outcome)
+        metrics.CHUNKS.inc()
+        self._count_usage(outcome.usage)
         report(1.0)
 
     async def _prepare(self) -> Prepare:
@@ -280,7 +290,8 @@ class _Run:
                 await _unless_killed(self._start(call, make_request))
             assert call.id is not None
             try:
-                outcome = await self._wait(call.id, report)
+                with metrics.waiting_for_call(call.kind):
+                    outcome = await self._wait(call.id, report)
             except CallLost:
                 logger.warning("Call %s was lost and is started again", call.id)
                 await self._log.forget_call(call)
@@ -289,6 +300,7 @@ class _Run:
                 raise  # it goes on, for the next attempt
             except TranscriptionFailed as exc:
                 await self._log.fail_call(call, exc)
+                self._count_usage(Usage(exc.gpu_seconds, exc.cpu_seconds))
                 raise
             except PgscribeError:
                 await self._log.forget_call(call)
@@ -301,6 +313,7 @@ class _Run:
         """Start a call and note it. In between, and only there, a crash loses a call."""
         request = await self._patiently(make_request)
         call_id = await self._patiently(lambda: self._compute.spawn(request))
+        metrics.call_started(call.kind)
         self._known.add(call_id)
         self._unnoted.add(call_id)
         try:
@@ -329,6 +342,7 @@ class _Run:
             try:
                 return await ask()
             except (ComputeUnavailable, StorageUnavailable) as exc:
+                metrics.not_answered(exc)
                 now = time.monotonic()
                 give_up_at = give_up_at or now + self._limits.patience
                 if now >= give_up_at:

@@ -8,7 +8,7 @@ import signal
 
 import procrastinate
 
-from jobs import __version__, database, retention, tasks
+from jobs import __version__, database, health, retention, tasks
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
 from jobs.database import Pool
@@ -57,9 +57,11 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
     Jobs that take longer, or that still run when ``stop_now`` is set, go back to the queue.
     """
     pool = database.make_pool(settings, name=f"tasks {__version__}", for_queue=True)
+    monitor = health.Monitor(pool)
     app = make_app(settings)
     fetch = Fetcher(settings.max_upload_bytes, settings.fetch_timeout)
     async with (
+        health.serve(settings, monitor),
         contextlib.aclosing(make_storage(settings)) as storage,
         make_compute(settings) as compute,
         pool,
@@ -79,6 +81,7 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
                 shutdown_graceful_timeout=settings.shutdown_timeout,
                 install_signal_handlers=False,
             )
+            monitor.watch(worker)
             try:
                 await _run_until_stopped(worker, stop, stop_now)
             except Exception:

@@ -6,9 +6,8 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 import psycopg
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from jobs import __version__, database
 from jobs.errors import PgscribeError
@@ -17,6 +16,7 @@ from jobs.storage.choose import make_storage
 from web import endpoints, openapi, problems
 from web.auth import Authenticator
 from web.events import EventHub
+from web.metrics import Measured, WebMetrics
 from web.middleware import middleware
 from web.openai_errors import in_openai_form
 from web.pages import ExceptionHandler, as_page
@@ -25,7 +25,9 @@ from web.routes import (
     corrections,
     docs,
     events,
+    health,
     jobs,
+    metrics,
     openai,
     operate,
     pages,
@@ -60,13 +62,9 @@ ENDPOINTS = [
     *uploads.endpoint.all,
     *webhooks.endpoint.all,
     *operate.endpoint.all,
+    *metrics.endpoint.all,
     *openai.endpoint.all,
 ]
-
-
-async def healthz(_: Request) -> Response:
-    """``GET /healthz``: the process answers."""
-    return JSONResponse({"status": "ok"})
 
 
 def _in_its_form(handler: ExceptionHandler) -> ExceptionHandler:
@@ -90,9 +88,11 @@ def create_app(settings: Settings) -> Starlette:
             await stack.enter_async_context(state.events)
             yield
 
+    figures = WebMetrics()
     app = Starlette(
         routes=[
-            Route("/healthz", healthz),
+            *health.routes(),
+            metrics.route(),  # before its endpoint, which needs the database
             *docs.routes(),
             *sign_in.routes(),
             *endpoints.routes(ENDPOINTS),
@@ -105,10 +105,11 @@ def create_app(settings: Settings) -> Starlette:
             psycopg.OperationalError: _in_its_form(problems.on_database_away),
             Exception: _in_its_form(problems.on_unexpected_error),
         },
-        middleware=middleware(settings),
+        middleware=[Middleware(Measured, metrics=figures), *middleware(settings)],
         lifespan=lifespan,
     )
     app.state.settings = settings
+    app.state.metrics = figures
     app.state.events = EventHub(settings)
     app.state.waiters = Waiters()
     app.state.renderer = Renderer()
@@ -119,4 +120,7 @@ def create_app(settings: Settings) -> Starlette:
     sessions = Sessions(settings, app.state.pool, app.state.sign_in)
     app.state.authenticator = Authenticator(settings, app.state.pool, sessions)
     app.state.storage = make_storage(settings, signs=True)
+    app.state.readiness = health.Readiness(settings, app.state.pool)
+    app.state.scrapes = metrics.Scrapes()
+    figures.watch(app)
     return app

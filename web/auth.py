@@ -187,6 +187,7 @@ class Authenticator:
         self._failures = Throttle(
             settings.failed_rate_limit, "requests without a valid token from this address"
         )
+        self.refused = 0  # requests that did not say, or not validly, whose they are
         self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of keys, ids of sessions
 
     async def authenticate(self, request: Request) -> Principal:
@@ -198,6 +199,7 @@ class Authenticator:
         try:
             principal = await self._identify(request)
         except (NotAuthenticated, NotAllowed, InvalidInput):
+            self.refused += 1
             self._failures.take(address(request))
             raise
         allowance = self._requests.take(principal.limit_key, principal.requests_per_minute)
@@ -290,6 +292,11 @@ class Authenticator:
         """End a session."""
         self._known.pop(key.id, None)
         await self._sessions.end(key)
+
+    @property
+    def rate_limited(self) -> dict[str, int]:
+        """How many requests were too many, by what was counted."""
+        return {"requests": self._requests.refused, "unauthenticated": self._failures.refused}
 
     async def aclose(self) -> None:
         """End what is under way."""

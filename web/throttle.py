@@ -52,6 +52,7 @@ class Throttle:
         self._what = what
         self._max_names = max_names
         self._clock = clock
+        self.refused = 0  # requests, so far
         #: When a name's bucket will be full again.
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
@@ -85,6 +86,7 @@ class Throttle:
             raise self._refusal(self._limit, wait - WINDOW)
 
     def _refusal(self, limit: int, wait: float) -> RateLimited:
+        self.refused += 1
         return RateLimited(
             f"More than {limit} {self._what} a minute; wait {math.ceil(wait)} s",
             limit=limit,

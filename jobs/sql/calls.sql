@@ -4,6 +4,9 @@
 -- load_calls --
 select held, preparation, chunks from pgscribe.load_calls(%(job_id)s, %(attempt)s)
 
+-- waited_seconds --
+select pgscribe.waited_seconds(%(job_id)s)
+
 -- audio_url --
 -- By name, so that workers run before and after the migration that adds the column.
 select (select to_jsonb(j) ->> 'audio_url' from public.processing_jobs j where j.id = %(job_id)s)

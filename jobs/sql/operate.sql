@@ -41,6 +41,13 @@ select public.is_operator()
 -- operator_overview --
 select public.operator_overview(%(hours)s, %(stall_timeout)s)
 
+-- operator_metrics --
+select public.operator_metrics(%(stall_timeout)s)
+
+-- limit_metrics_time --
+-- A scrape waits no longer than that, and the next one asks again.
+select set_config('statement_timeout', '3s', true)
+
 -- operator_jobs --
 select id, owner_id, email, file_path, options, status, progress, attempt, created_at, started_at, completed_at, due_at,
        audio_seconds, error_code, error, usage

@@ -231,6 +231,6 @@ def test_api9_no_route_is_undescribed(settings: Settings) -> None:
     routes = {
         route.path.replace(":path", "") for route in app.routes if isinstance(route, Route | Mount)
     }
-    pages = {"/", "/healthz", "/openapi.json", "/docs", "/docs/page.js", "/docs/swagger"}
+    pages = {"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/docs/page.js", "/docs/swagger"}
     pages |= {route for route in routes if f"{route}/".startswith("/app/")}
     assert routes == app.state.openapi["paths"].keys() | pages

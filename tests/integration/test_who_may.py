@@ -157,6 +157,7 @@ def asks(site: Site) -> dict[tuple[str, str], Ask]:
     return {
         ("GET", "/me"): Ask("/me", 200, 200, None),
         ("GET", "/operate/overview"): operate("/operate/overview", 200),
+        ("GET", "/metrics"): operate("/metrics", 200),
         ("GET", "/operate/jobs"): operate("/operate/jobs", 200),
         ("POST", "/operate/jobs/cancel"): operate("/operate/jobs/cancel", 200, chosen),
         ("POST", "/operate/jobs/retry"): operate("/operate/jobs/retry", 200, chosen),

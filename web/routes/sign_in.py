@@ -218,6 +218,8 @@ def _form(
     by_link: bool = False,
 ) -> Response:
     """Return the forms, with what went wrong."""
+    if isinstance(refusal, SignInRefused):
+        request.app.state.metrics.sign_ins.labels("refused").inc()
     provider = _provider(request)
     context = {
         "offered": provider is not None,
@@ -276,6 +278,7 @@ async def _enter(request: Request, tokens: Tokens, next_page: str) -> Response:
     except (InvalidToken, NotAllowed) as exc:
         logger.error("What the sign-in service issues is not good here: %s", exc)  # noqa: TRY400
         raise SignInRefused(REFUSED) from exc
+    request.app.state.metrics.sign_ins.labels("succeeded").inc()
     if replaced := sent_key(request):
         _end_streams(request, replaced)
     response = RedirectResponse(next_page, HTTPStatus.SEE_OTHER)
