@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import IO
 from uuid import UUID, uuid4
 
+import ffmpeg
+import imageio_ffmpeg
 import psycopg
 import pytest
 
@@ -115,6 +117,15 @@ def silence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with wave.open(str(path), "wb") as recording:
         recording.setparams((1, 2, 16000, 0, "NONE", ""))
         recording.writeframes(bytes(2 * 16000 * 3))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 6 s of the sample."""
+    path = tmp_path_factory.mktemp("audio") / "clip.wav"
+    recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
+    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
     return path
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-import ffmpeg
-import imageio_ffmpeg
 import psycopg
 import pytest
 from psycopg.rows import dict_row
@@ -84,15 +82,6 @@ class Jobs:
 @pytest.fixture
 def jobs(database: str, user: UUID, settings: Settings) -> Jobs:
     return Jobs(database, user, settings.storage_dir)
-
-
-@pytest.fixture(scope="session")
-def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 6 s of the sample."""
-    path = tmp_path_factory.mktemp("audio") / "clip.wav"
-    recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
-    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    return path
 
 
 @asynccontextmanager
