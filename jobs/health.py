@@ -41,16 +41,8 @@ _KINDS = ("transcription", "light")
 class Monitor:
     """What is known of this process's worker."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        *,
-        loop_patience: float = LOOP_PATIENCE,
-        turn_patience: float = TURN_PATIENCE,
-    ) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._loop_patience = loop_patience
-        self._turn_patience = turn_patience
         self._worker: Worker | None = None
         self._ticked = time.monotonic()
 
@@ -70,10 +62,10 @@ class Monitor:
 
     def hung(self) -> str | None:
         """Return what hangs, so that only a restart helps; ``None``: nothing does."""
-        if time.monotonic() - self._ticked > self._loop_patience:
+        if time.monotonic() - self._ticked > LOOP_PATIENCE:
             return "event_loop"
         condition = self._condition
-        if condition is not None and condition.turned > self._turn_patience:
+        if condition is not None and condition.turned > TURN_PATIENCE:
             return "worker"
         return None
 

@@ -1,0 +1,183 @@
+"""What a worker says of itself over HTTP: when it hangs, is out of touch, or drains."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID
+
+import httpx2
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from jobs import health, worker
+from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
+from jobs.dev import free_port
+from jobs.errors import ComputeUnavailable, SettingsError
+from jobs.models import Transcript
+from jobs.settings import Settings
+from modal_functions.plan import Plan, Span
+from tests.faults.fleet import until
+from tests.faults.proxy import Proxy
+
+pytestmark = pytest.mark.anyio
+
+
+class Compute:
+    """Takes calls once it is ``reachable``; what transcribes returns once it is ``finished``."""
+
+    def __init__(self) -> None:
+        self.reachable = True
+        self.finished = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def spawn(self, request: Prepare | Transcribe) -> str:
+        if not self.reachable:
+            raise ComputeUnavailable
+        return type(request).__name__
+
+    async def result(self, call_id: str, _: Callable[[float], None]) -> Outcome:
+        if call_id == Prepare.__name__:
+            return Outcome(Plan("'a.wav'", Path("a.pcm"), (Span(0, 16_000),)).to_dict(), Usage())
+        await self.finished.wait()
+        return Outcome(Transcript("Well", "en", 1.0, (), "test", "base").to_dict(), Usage())
+
+    async def cancel(self, call_id: str) -> None:
+        pass
+
+    async def discard(self, pcm: str) -> None:
+        pass
+
+
+class Watched:
+    """A worker in this process, and what it says of itself."""
+
+    def __init__(self, settings: Settings, compute: Compute) -> None:
+        self.url = f"http://127.0.0.1:{settings.worker_health_port}"
+        self.compute = compute
+        self.stop = asyncio.Event()
+        self.task = asyncio.create_task(worker.run(settings, self.stop, asyncio.Event()))
+
+    def ask(self, path: str) -> tuple[int, dict[str, Any]]:
+        try:
+            answer = httpx2.get(f"{self.url}{path}", timeout=5)
+        except httpx2.ConnectError:
+            return 0, {}
+        return answer.status_code, answer.json()
+
+    async def healthy(self) -> tuple[int, dict[str, Any]]:
+        return await asyncio.to_thread(self.ask, "/healthz")
+
+    async def until_it_says(self, path: str, status: int, **said: object) -> None:
+        def does() -> bool:
+            answered, body = self.ask(path)
+            return answered == status and body | said == body
+
+        await asyncio.to_thread(until, does, f"{path} says {status} {said}", 20)
+
+
+@pytest.fixture
+def watching(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return what runs a worker."""
+
+    @asynccontextmanager
+    async def watch(**changes: object) -> AsyncIterator[Watched]:
+        compute = Compute()
+        monkeypatch.setattr(worker, "make_compute", lambda _: compute)
+        changes = {"worker_health_port": free_port(), "stall_timeout": 5.0, **changes}
+        watched = Watched(settings.model_copy(update=changes), compute)
+        try:
+            await watched.until_it_says("/readyz", 200, reasons=[], wakeups="notify")
+            yield watched
+        finally:
+            watched.stop.set()
+            compute.finished.set()
+            await watched.task
+        assert watched.ask("/healthz") == (0, {}), "it listens no more"
+
+    return watch
+
+
+@pytest.fixture
+def submit(settings: Settings, user: UUID, conn: psycopg.Connection) -> Callable[[], None]:
+    def submit() -> None:
+        folder = settings.storage_dir / str(user)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.wav").touch()
+        conn.execute(
+            "insert into processing_jobs (user_id, file_path) values (%s, %s)",
+            (user, f"{user}/a.wav"),
+        )
+
+    return submit
+
+
+async def test_a_worker_whose_event_loop_hangs_is_found(
+    watching: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watching() as watched:
+        assert await watched.healthy() == (200, {"status": "ok"})
+        monkeypatch.setattr(health, "LOOP_PATIENCE", 1.5)
+        hangs = (503, {"status": "hangs", "reason": "event_loop"})
+        until(lambda: watched.ask("/healthz") == hangs, "it hangs")  # as this call does not await
+        assert watched.ask("/readyz")[1]["reasons"] == ["hangs"]
+        assert "pgscribe_worker_ready 0.0" in httpx2.get(f"{watched.url}/metrics").text
+        await watched.until_it_says("/healthz", 200)
+
+
+async def test_a_database_that_is_away_makes_a_worker_unready_but_not_ill(
+    watching: Callable[..., Any], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = settings.database_url.get_secret_value()
+    with Proxy(int(psycopg.conninfo.conninfo_to_dict(url)["port"])) as proxy:
+        async with watching(database_url=SecretStr(proxy.url(url))) as watched:
+            proxy.refuse()
+            await watched.until_it_says("/readyz", 503, reasons=["database"], wakeups="poll")
+            assert await watched.healthy() == (200, {"status": "ok"})
+            proxy.heal()
+            await watched.until_it_says("/readyz", 200, reasons=[], wakeups="notify")
+            # A round that lasts: longer than between two beats, which is a third of the 5 s.
+            monkeypatch.setattr(health, "TURN_PATIENCE", 3.0)
+            proxy.hold()
+            await watched.until_it_says("/healthz", 503, reason="worker")
+            proxy.heal()
+            await watched.until_it_says("/healthz", 200)
+
+
+async def test_a_worker_without_compute_or_one_that_drains_is_not_ready(
+    watching: Callable[..., Any], submit: Callable[[], None], conn: psycopg.Connection
+) -> None:
+    async with watching(shutdown_timeout=60.0) as watched:
+        watched.compute.reachable = False
+        submit()
+        await watched.until_it_says("/readyz", 503, reasons=["compute"])
+        watched.compute.reachable = True
+        await watched.until_it_says("/readyz", 200)
+        assert 'pgscribe_worker_running{kind="transcription"} 1.0' in await asyncio.to_thread(
+            lambda: httpx2.get(f"{watched.url}/metrics").text
+        )
+        watched.stop.set()
+        await watched.until_it_says("/readyz", 503, reasons=["draining"])
+        assert await watched.healthy() == (200, {"status": "ok"})
+    assert conn.execute("select status from processing_jobs").fetchall() == [("completed",)]
+
+
+async def test_a_port_that_is_taken_is_named_and_without_one_nobody_listens(
+    watching: Callable[..., Any], settings: Settings
+) -> None:
+    async with watching() as watched:
+        port = int(watched.url.rpartition(":")[2])
+        taken = settings.model_copy(update={"worker_health_port": port})
+        with pytest.raises(SettingsError, match=f"PGSCRIBE_WORKER_HEALTH_PORT.* port {port}"):
+            await worker.run(taken, asyncio.Event(), asyncio.Event())
+    monitor = health.Monitor(worker.database.make_pool(settings, name="test"))
+    async with health.serve(settings, monitor):
+        assert "health" not in {thread.name for thread in threading.enumerate()}
