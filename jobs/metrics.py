@@ -4,6 +4,7 @@ One registry for the process, as a process has one worker. No label names a user
 and each has few values.
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -198,12 +199,20 @@ class _Codes:
 _codes = _Codes()
 
 
+@functools.lru_cache(1000)
+def _of_attempts(outcome: str, error_code: str | None) -> tuple[Counter, Histogram]:
+    """Return what counts such attempts: looking for it takes longer than counting."""
+    ended = _ATTEMPTS.labels(outcome, _codes.label(error_code))
+    return ended, _ATTEMPT_SECONDS.labels(outcome)
+
+
 def attempt_ended(
     outcome: str, error_code: str | None, seconds: float, audio_seconds: float | None
 ) -> None:
     """Count an attempt at a job. ``audio_seconds``: of the job, if that is completed."""
-    _ATTEMPTS.labels(outcome, _codes.label(error_code)).inc()
-    _ATTEMPT_SECONDS.labels(outcome).observe(seconds)
+    ended, took = _of_attempts(outcome, error_code)
+    ended.inc()
+    took.observe(seconds)
     if audio_seconds is not None:
         _AUDIO.inc(audio_seconds)
         _FACTOR.observe(audio_seconds / max(seconds, 1e-3))

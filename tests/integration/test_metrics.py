@@ -22,12 +22,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from db import migrate
-from db.embedded import EmbeddedPostgres
+from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import keys
 from jobs.dev import free_port
 from jobs.metrics import MAX_CODES, _Codes
 from jobs.scopes import Scope
 from jobs.settings import Settings
+from jobs.sql import CALLS
 from tests.conftest import REPO, TEMPLATE
 from tests.faults.fleet import until
 from tests.faults.proxy import Proxy
@@ -102,6 +103,10 @@ class Site:
             for part in ("web", "worker")
             for family in parse_text(self.text_of(part))
         }
+
+
+def port_of(url: str) -> int:
+    return int(str(psycopg.conninfo.conninfo_to_dict(url)["port"]))
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -346,7 +351,7 @@ def test_no_label_tells_of_a_user(site: Site) -> None:
     ):
         assert not [text for text in every if secret in text], secret
     assert not [text for text in every if re.search(r"[0-9a-f]{8}-[0-9a-f]{4}", text)]
-    routes = {route.path for route in create_app(site.settings).routes} | {"none"}
+    routes = {getattr(route, "path", "") for route in create_app(site.settings).routes} | {"none"}
     for (name, label), found in values.items():
         assert found <= routes if label == "route" else len(found) < 20, (name, label, found)
 
@@ -479,7 +484,7 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
     monkeypatch.setattr("web.routes.health.PATIENCE", 0.5)
     monkeypatch.setattr("web.routes.health.FRESH", 0.0)
     url = settings.database_url.get_secret_value()
-    with Proxy(int(psycopg.conninfo.conninfo_to_dict(url)["port"])) as proxy:
+    with Proxy(port_of(url)) as proxy:
         through = settings.model_copy(
             update={"database_url": type(settings.database_url)(proxy.url(url))}
         )
@@ -545,3 +550,32 @@ def test_a_web_server_is_ready_with_all_migrations_and_a_folder(
     )
     with serve(create_app(settings)) as web:
         assert httpx2.get(f"{web}/readyz").json() == {"status": "unready", "reason": "storage"}
+
+
+def test_a_wait_begins_when_a_job_could_last_have_started(
+    postgres: EmbeddedPostgres, database: str, conn: psycopg.Connection, user: UUID
+) -> None:
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, 'a/b') returning id, job_id",
+        (user,),
+    ).fetchone()
+    assert row is not None
+    values = {"job_id": row[0]}
+    assert conn.execute(CALLS["waited_seconds"], values).fetchone() == (None,), "it does not run"
+    name = str(psycopg.conninfo.conninfo_to_dict(database)["dbname"])
+    steps = {
+        60: "update processing_jobs set status = 'processing', attempt = 2,"
+        " created_at = AGO(100), started_at = AGO(40)",
+        10: "update processing_jobs set scheduled_at = AGO(50)",
+        5: "update processing_jobs set retry_requested_at = AGO(45)",
+        3: "update procrastinate.procrastinate_jobs set scheduled_at = AGO(43)",
+        1: "insert into processing_job_attempts (job_id, attempt, started_at, ended_at, outcome)"
+        " select id, 1, AGO(90), AGO(41), 'released' from processing_jobs",
+        0: "update processing_job_attempts set ended_at = AGO(39)",
+    }
+    with psycopg.connect(postgres.url(user=SUPERUSER, database=name)) as admin:
+        admin.execute("set session_replication_role = replica")
+        for waited, step in steps.items():
+            statement = re.sub(r"AGO\((\d+)\)", r"now() - interval '\1 s'", step)
+            admin.execute(statement.encode())
+            assert admin.execute(CALLS["waited_seconds"], values).fetchone() == (waited,)

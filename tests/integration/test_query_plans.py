@@ -14,7 +14,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import database
 from jobs.queue import ClaimedJob, OutcomeName, Queue
 from jobs.settings import Settings
-from jobs.sql import JOBS, OPERATE
+from jobs.sql import CALLS, JOBS, OPERATE
 
 pytestmark = pytest.mark.anyio
 
@@ -242,6 +242,18 @@ class Steps:
         (row,) = self._as_owner(b"select queued, completed_last_hour from queue_health", {})
         assert row[0] > 50
 
+    async def operator_metrics(self) -> None:
+        ((figures,),) = self._as_owner(OPERATE["operator_metrics"], {"stall_timeout": 30})
+        assert sum(row["jobs"] for row in figures["jobs"]) > 10
+        assert figures["ended"]["completed"] > 0
+
+    async def waits(self) -> None:
+        assert self._held[0].attempt is not None
+        values = {"job_id": self._held[0].attempt.job_id}
+        row = self._conn.execute(CALLS["waited_seconds"], values).fetchone()
+        assert row is not None
+        assert 0 <= row[0] < 60
+
     async def operator_changes(self, action: str, **chosen: object) -> None:
         values = {"ids": None, "status": None, "owner": None, "error_code": None, **chosen}
         values |= {"ended_before": datetime.now(UTC)}
@@ -290,6 +302,7 @@ async def test_what_is_read_does_not_depend_on_finished_jobs(
         ("insert", 1, functools.partial(steps.insert, 1)),
         ("schedule", 1, steps.schedule),
         ("claim", 10, steps.claim),
+        ("waited", 1, steps.waits),
         ("beat", 10, steps.beat),
         ("end and claim", 20, steps.end_and_claim),
         ("sweep", 20, steps.sweep),
@@ -372,6 +385,8 @@ async def test_what_operators_read_does_not_depend_on_finished_jobs(
         # How many come before each of them in line is counted.
         check("operator inspects", await meter.measure(steps.operator_inspects()), rows=100)
         check("health", await meter.measure(steps.look_at_health()), rows=100 + last_hour // 5)
+        # Those that wait or run, and those of the last ten minutes, of which the least end here.
+        check("metrics", await meter.measure(steps.operator_metrics()), rows=100 + lately // 200)
         # The window's, today's and those that wait or run; nothing else of the past 20 days.
         check("overview", await meter.measure(steps.operator_looks()), rows=lately // 5)
     cancel = steps.operator_changes("cancel", owner=full_database[0], status="queued")

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from jobs import health, worker
+from jobs import database, health, worker
 from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
 from jobs.dev import free_port
 from jobs.errors import ComputeUnavailable, SettingsError
@@ -137,7 +137,7 @@ async def test_a_database_that_is_away_makes_a_worker_unready_but_not_ill(
     watching: Callable[..., Any], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = settings.database_url.get_secret_value()
-    with Proxy(int(psycopg.conninfo.conninfo_to_dict(url)["port"])) as proxy:
+    with Proxy(int(str(psycopg.conninfo.conninfo_to_dict(url)["port"]))) as proxy:
         async with watching(database_url=SecretStr(proxy.url(url))) as watched:
             proxy.refuse()
             await watched.until_it_says("/readyz", 503, reasons=["database"], wakeups="poll")
@@ -178,6 +178,6 @@ async def test_a_port_that_is_taken_is_named_and_without_one_nobody_listens(
         taken = settings.model_copy(update={"worker_health_port": port})
         with pytest.raises(SettingsError, match=f"PGSCRIBE_WORKER_HEALTH_PORT.* port {port}"):
             await worker.run(taken, asyncio.Event(), asyncio.Event())
-    monitor = health.Monitor(worker.database.make_pool(settings, name="test"))
+    monitor = health.Monitor(database.make_pool(settings, name="test"))
     async with health.serve(settings, monitor):
         assert "health" not in {thread.name for thread in threading.enumerate()}
