@@ -18,9 +18,10 @@ import ffmpeg
 import imageio_ffmpeg
 import psycopg
 import pytest
+from psycopg import sql
 
 from db import migrate
-from db.embedded import EmbeddedPostgres
+from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs.settings import Settings
 
 REPO = Path(__file__).parent.parent
@@ -193,6 +194,27 @@ def conn(database: str) -> Iterator[psycopg.Connection]:
     """A connection as `postgres`; each statement is a transaction of its own."""
     with psycopg.connect(database, autocommit=True) as connection:
         yield connection
+
+
+@contextmanager
+def cut_off(server: EmbeddedPostgres, database: str, spared: psycopg.Connection) -> Iterator[None]:
+    """End all connections to a database but one, and let nobody connect meanwhile."""
+    name = sql.Identifier(str(psycopg.conninfo.conninfo_to_dict(database)["dbname"]))
+    allow, forbid = (
+        sql.SQL("alter database {} allow_connections " + may).format(name)
+        for may in ("true", "false")
+    )
+    with psycopg.connect(server.url(user=SUPERUSER), autocommit=True) as admin:
+        admin.execute(forbid)
+        try:
+            admin.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                " where datname = %s and pid <> %s",
+                (name.as_string().strip('"'), spared.info.backend_pid),
+            )
+            yield
+        finally:
+            admin.execute(allow)
 
 
 MakeUser = Callable[[], UUID]

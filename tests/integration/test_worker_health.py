@@ -11,8 +11,8 @@ from uuid import UUID
 import httpx2
 import psycopg
 import pytest
-from pydantic import SecretStr
 
+from db.embedded import EmbeddedPostgres
 from jobs import database, health, worker
 from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
 from jobs.dev import free_port
@@ -20,8 +20,8 @@ from jobs.errors import ComputeUnavailable, SettingsError
 from jobs.models import Transcript
 from jobs.settings import Settings
 from modal_functions.plan import Plan, Span
+from tests.conftest import cut_off
 from tests.faults.fleet import until
-from tests.faults.proxy import Proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -134,22 +134,23 @@ async def test_a_worker_whose_event_loop_hangs_is_found(
 
 
 async def test_a_database_that_is_away_makes_a_worker_unready_but_not_ill(
-    watching: Callable[..., Any], settings: Settings, monkeypatch: pytest.MonkeyPatch
+    watching: Callable[..., Any],
+    postgres: EmbeddedPostgres,
+    settings: Settings,
+    conn: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    url = settings.database_url.get_secret_value()
-    with Proxy(int(str(psycopg.conninfo.conninfo_to_dict(url)["port"]))) as proxy:
-        async with watching(database_url=SecretStr(proxy.url(url))) as watched:
-            proxy.refuse()
+    async with watching() as watched:
+        with cut_off(postgres, settings.database_url.get_secret_value(), conn):
             await watched.until_it_says("/readyz", 503, reasons=["database"], wakeups="poll")
             assert await watched.healthy() == (200, {"status": "ok"})
-            proxy.heal()
-            await watched.until_it_says("/readyz", 200, reasons=[], wakeups="notify")
-            # A round that lasts: longer than between two beats, which is a third of the 5 s.
-            monkeypatch.setattr(health, "TURN_PATIENCE", 3.0)
-            proxy.hold()
+        await watched.until_it_says("/readyz", 200, reasons=[], wakeups="notify")
+        # A round that lasts: longer than between two beats, which is a third of the 5 s.
+        monkeypatch.setattr(health, "TURN_PATIENCE", 3.0)
+        with conn.transaction():
+            conn.execute("lock table procrastinate.procrastinate_workers")
             await watched.until_it_says("/healthz", 503, reason="worker")
-            proxy.heal()
-            await watched.until_it_says("/healthz", 200)
+        await watched.until_it_says("/healthz", 200)
 
 
 async def test_a_worker_without_compute_or_one_that_drains_is_not_ready(
