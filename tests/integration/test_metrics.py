@@ -1,5 +1,6 @@
 """What Prometheus reads of a real web server and a real worker, and what is made of it."""
 
+import contextlib
 import json
 import os
 import re
@@ -133,7 +134,15 @@ def running_worker(
             stderr=log,
         )
     with process:
-        yield f"http://127.0.0.1:{port}", process
+        url = f"http://127.0.0.1:{port}"
+
+        def hears() -> bool:
+            with contextlib.suppress(httpx2.ConnectError):
+                return bool(httpx2.get(f"{url}/readyz").json()["wakeups"] == "notify")
+            return False
+
+        until(hears, "the worker hears of jobs")
+        yield url, process
 
 
 @pytest.fixture(scope="module")
