@@ -159,6 +159,7 @@ async def serve(settings: Settings, monitor: Monitor) -> AsyncIterator[None]:
     config = uvicorn.Config(
         make_app(monitor),
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         lifespan="off",
