@@ -106,5 +106,6 @@ $$;
 comment on function pgscribe.waited_seconds is
   'How long a job that runs could have started before it did: since it was submitted, due, retried or given back.';
 
-revoke execute on all functions in schema pgscribe from public, anon, authenticated, service_role;
-grant execute on function pgscribe.search_document(uuid, jsonb) to authenticated, service_role;
+revoke execute on function
+  pgscribe.metrics_of_jobs, pgscribe.metrics_of_light_jobs, pgscribe.metrics_of_workers, pgscribe.waited_seconds
+  from public, anon, authenticated, service_role;
