@@ -467,10 +467,17 @@ def test_the_configuration_of_prometheus_is_one(tmp_path: Path) -> None:
 
 def test_each_alert_says_what_to_do() -> None:
     alerts = (MONITORING / "alerts.yml").read_text(encoding="utf-8")
-    links = re.findall(r"runbook_url: docs/runbook\.md#(\w+)", alerts)
+    links = re.findall(r"runbook_url: docs/alerts\.md#(\w+)", alerts)
     assert links == [name.lower() for name in ALERTS]
     text = (REPO / "docs" / "alerts.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == ALERTS
+    assert set(re.findall(r"^## (\w+)$", text, re.MULTILINE)) == set(ALERTS)
+    runbook = (REPO / "docs" / "runbook.md").read_text(encoding="utf-8")
+    sections = {
+        title.lower().replace(" ", "-") for title in re.findall(r"^## (.+)$", runbook, re.MULTILINE)
+    }
+    steps = set(re.findall(r"runbook\.md#([\w-]+)", text))
+    assert len(steps) >= 6
+    assert steps <= sections
 
 
 def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
