@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import click
@@ -21,17 +21,18 @@ from jobs.commands import database, duration, friendly
 from jobs.errors import PgscribeError
 from jobs.scopes import USUAL_SCOPES, Scope
 
+if TYPE_CHECKING:
+    from jobs.settings import Settings
+
 HOME = Path(".pgscribe")
 
 
-def _setup_logging() -> None:
-    import logging
+def _observe(settings: "Settings", name: str) -> None:
+    """Set up this process's log and traces."""
+    from jobs import logs, telemetry
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for name in ("httpx", "httpx2"):  # they log URLs
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logs.setup(settings.log_format, secrets=settings.secrets())
+    telemetry.configure(f"pgscribe-{name}")
 
 
 def _stop_with_stdin() -> None:
@@ -126,15 +127,13 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     from web import server
     from web.access_log import hide_links
     from web.app import create_app
-    from web.middleware import log_request_ids
     from web.sign_in import refuse_other_databases, refuse_other_hosts
 
-    _setup_logging()
-    log_request_ids()
+    settings = Settings.load()
+    _observe(settings, "web")
     hide_links()
     if stop_with_stdin:
         _stop_with_stdin()
-    settings = Settings.load()
     refuse_other_hosts(settings, host)
     asyncio.run(refuse_other_databases(settings))
     server.run(create_app(settings), host=host, port=port, trusted_proxies=settings.trusted_proxies)
@@ -171,13 +170,13 @@ def worker(
     from jobs.settings import Settings
     from jobs.worker import run_until_signalled
 
-    _setup_logging()
     given = {
         "worker_concurrency": concurrency,
         "worker_health_host": health_host,
         "worker_health_port": health_port,
     }
     settings = Settings.load(**{name: value for name, value in given.items() if value is not None})
+    _observe(settings, "worker")
     if stop_with_stdin:
         _stop_with_stdin()
     asyncio.run(run_until_signalled(settings))

@@ -21,10 +21,11 @@ from uuid import UUID
 import httpcore2
 import procrastinate
 import psycopg
+from opentelemetry.trace import SpanKind
 from procrastinate import jobs as queue_jobs
 from standardwebhooks import Webhook
 
-from jobs import metrics
+from jobs import logs, metrics, telemetry
 from jobs.database import Pool
 from jobs.errors import (
     PgscribeError,
@@ -36,6 +37,7 @@ from jobs.errors import (
 )
 from jobs.outbound import Rules, ask, check_url, header
 from jobs.sql import WEBHOOKS
+from jobs.telemetry import JobTrace
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +107,30 @@ class Deliverer:
             )
             raise refused
         body = self._body(begun["payload"])
-        started = time.monotonic()
-        outcome = await self._send(begun["url"], body, _sign(delivery, body, begun["secrets"]))
-        seconds = time.monotonic() - started
-        metrics.webhook_sent(outcome.name, outcome.status, seconds)
-        await self._insist(
-            "record_delivery",
-            delivery=delivery,
-            seconds=seconds,
-            status=outcome.status,
-            excerpt=outcome.excerpt,
-            error_code=outcome.error and outcome.error.code,
-            error=outcome.error and str(outcome.error),
-        )
-        if outcome.error is not None:
-            raise outcome.error
+        trace = JobTrace.from_row(begun["trace"]) if begun["trace"] else None
+        logs.bind(delivery=delivery, **({"job_id": trace.job_id} if trace else {}))
+        named = {"pgscribe.delivery.id": str(delivery), "pgscribe.event": begun["payload"]["type"]}
+        with telemetry.span(
+            "webhook", named, kind=SpanKind.CLIENT, within=trace.place() if trace else None
+        ) as span:
+            headers = _sign(delivery, body, begun["secrets"]) + _traced(trace)
+            started = time.monotonic()
+            outcome = await self._send(begun["url"], body, headers)
+            seconds = time.monotonic() - started
+            metrics.webhook_sent(outcome.name, outcome.status, seconds)
+            if outcome.status is not None:
+                span.set_attribute("http.response.status_code", outcome.status)
+            await self._insist(
+                "record_delivery",
+                delivery=delivery,
+                seconds=seconds,
+                status=outcome.status,
+                excerpt=outcome.excerpt,
+                error_code=outcome.error and outcome.error.code,
+                error=outcome.error and str(outcome.error),
+            )
+            if outcome.error is not None:
+                raise outcome.error
 
     async def _insist(self, query: str, **values: Any) -> None:
         """Execute it although the database may be away for a moment: else it is sent twice."""
@@ -169,6 +180,15 @@ def _sign(delivery: UUID, body: bytes, secrets: list[str]) -> list[tuple[bytes, 
         (b"Webhook-Timestamp", b"%d" % now.timestamp()),
         (b"Webhook-Signature", " ".join(signatures).encode()),
     ]
+
+
+def _traced(trace: JobTrace | None) -> list[tuple[bytes, bytes]]:
+    """Return the header that lets a receiver go on with the trace.
+
+    A worker that makes no spans passes on what the job's caller has sent.
+    """
+    place = telemetry.traceparent() if telemetry.is_on() else trace and trace.traceparent
+    return [(b"Traceparent", place.encode())] if place else []
 
 
 async def _judge(response: httpcore2.Response) -> _Outcome:

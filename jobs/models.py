@@ -78,6 +78,7 @@ class JobSummary(BaseModel):
     priority: int
     max_attempts: int | None
     idempotency_key: str | None
+    traceparent: str | None = None  # servers of the version before have none
     due_at: datetime | None
     cancel_requested_at: datetime | None
     retry_requested_at: datetime | None

@@ -90,6 +90,13 @@ class ClaimedJob:
         """The queue job's id and the number of this claim of it."""
         return self.queue_job_id, self.attempt.number if self.attempt else self.attempts
 
+    @property
+    def context(self) -> dict[str, object]:
+        """What lines of the log that are about it name."""
+        if self.attempt is None:
+            return {"task": self.task_name, "queue_job": self.queue_job_id}
+        return {"job_id": self.attempt.job_id, "attempt": self.attempt.number}
+
     def end(self, outcome: OutcomeName, **values: Any) -> Ended:
         """Return how this attempt ended."""
         if self.attempt is None:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import procrastinate
 from procrastinate import exceptions, job_context, signals
 from procrastinate import worker as procrastinate_worker
 
-from jobs import execution, metrics
+from jobs import execution, logs, metrics
 from jobs.backoff import Backoff
 from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
 from jobs.queue import LIGHT_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Due, Ended, Queue, Turn
@@ -33,6 +33,9 @@ WORKERS_CHANNEL = "pgscribe_workers"
 JOBS_CHANNEL = f"procrastinate_queue_v1#{QUEUE_NAME}"
 LIGHT_CHANNELS = frozenset(f"procrastinate_queue_v1#{name}" for name in LIGHT_QUEUES)
 CHANNELS = (WORKERS_CHANNEL, JOBS_CHANNEL, *LIGHT_CHANNELS)
+
+
+OnEnded = Callable[[ClaimedJob, Ended], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,11 @@ class Worker(procrastinate_worker.Worker):
         queue: Queue,
         stall_timeout: float,
         light_slots: int,
+        on_ended: OnEnded | None = None,
         **options: Any,
     ) -> None:
         super().__init__(app, **options)
+        self._on_ended = on_ended
         self._light_slots = light_slots
         self._queue = queue
         queue.connection.listen(
@@ -315,13 +320,13 @@ class Worker(procrastinate_worker.Worker):
             self._ended.popleft()
         if self._most_ends is not None:
             self._most_ends = 2 * self._most_ends if self._ended else None
-        self._put_off(
-            [
-                (claimed, end)
-                for claimed, end in ended
-                if end.job_id in turn.busy or end.queue_job_id in turn.light_busy
-            ]
-        )
+        busy = [
+            (claimed, end)
+            for claimed, end in ended
+            if end.job_id in turn.busy or end.queue_job_id in turn.light_busy
+        ]
+        self._put_off(busy)
+        self._tell(pair for pair in ended if pair not in busy)
         for claimed in turn.jobs:
             self._start(claimed)
         await asyncio.sleep(0)  # so that they start before anything else is done
@@ -337,6 +342,11 @@ class Worker(procrastinate_worker.Worker):
         if free or light:
             hears = self._queue.connection.hears
             self._next_poll = time.monotonic() + (POLL if hears else POLL_DEAF)
+
+    def _tell(self, stored: Iterable[tuple[ClaimedJob, Ended]]) -> None:
+        if self._on_ended is not None:
+            for claimed, end in stored:
+                self._on_ended(claimed, end)
 
     def _stop_cancelled(self, queue_job_ids: frozenset[int]) -> None:
         for (queue_job_id, _), running in self._running.items():
@@ -372,19 +382,21 @@ class Worker(procrastinate_worker.Worker):
     async def _end_one_by_one(self, ended: list[tuple[ClaimedJob, Ended]]) -> None:
         """Find the result that Postgres can't store, and fail its job; end the others."""
         for claimed, end in ended:
+            stored = end
             try:
                 await self._queue.turn(self._id, [end], 0, None)
             except UNUSABLE as unusable:
                 refused = ResultNotStorable()
-                failed = claimed.end("failed", error_code=refused.code, error=str(refused))
+                stored = claimed.end("failed", error_code=refused.code, error=str(refused))
                 try:
-                    await self._queue.turn(self._id, [failed], 0, None)
+                    await self._queue.turn(self._id, [stored], 0, None)
                 except UNUSABLE as also:  # so it is not the result
                     raise DatabaseUnavailable(str(also)) from also
                 logger.exception(
                     "How queue job %s ended can't be stored", end.queue_job_id, exc_info=unusable
                 )
             self._ended.popleft()
+            self._tell([(claimed, stored)])
 
     async def _beat(self) -> None:
         held = [running.claimed for running in self._running.values()]
@@ -466,6 +478,7 @@ class Worker(procrastinate_worker.Worker):
 
     async def _run_job(self, running: _Running) -> None:
         claimed = running.claimed
+        logs.begin(**claimed.context, worker=self._id)
         started = time.monotonic()
         end: Ended | None
         try:

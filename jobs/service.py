@@ -11,6 +11,7 @@ import psycopg
 from psycopg.rows import class_row, dict_row, scalar_row, tuple_row
 from psycopg.types.json import Jsonb
 
+from jobs import telemetry
 from jobs.errors import (
     InvalidInput,
     JobConflict,
@@ -111,7 +112,8 @@ async def _hold_keys(conn: Connection, jobs: Sequence[NewJob]) -> None:
 
 
 async def _insert(conn: Connection, job: NewJob) -> UUID:
-    values = {**{name: getattr(job, name) for name in _COLUMNS}, "options": Jsonb(job.options)}
+    values = {name: getattr(job, name) for name in _COLUMNS}
+    values |= {"options": Jsonb(job.options), "traceparent": telemetry.traceparent()}
     async with conn.cursor(row_factory=scalar_row) as cursor:
         await cursor.execute(JOBS["submit"], values)
         job_id: UUID | None = await cursor.fetchone()
@@ -123,8 +125,9 @@ async def _insert(conn: Connection, job: NewJob) -> UUID:
 
 
 async def _insert_many(conn: Connection, jobs: Sequence[NewJob]) -> list[UUID]:
-    columns = {name: [getattr(job, name) for job in jobs] for name in _COLUMNS}
+    columns: dict[str, Any] = {name: [getattr(job, name) for job in jobs] for name in _COLUMNS}
     columns["options"] = [Jsonb(job.options) for job in jobs]
+    columns["traceparent"] = telemetry.traceparent()
     async with conn.cursor(row_factory=tuple_row) as cursor:
         await cursor.execute(JOBS["submit_many"], columns)
         inserted = await cursor.fetchall()

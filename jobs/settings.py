@@ -1,9 +1,13 @@
 """Every setting, read from the environment (``PGSCRIBE_…``) or ``.env`` and checked at start."""
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     Field,
@@ -41,6 +45,9 @@ _DEPLOYED = Config()
 _ORIGIN = re.compile(
     r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:.]+\](:\d{1,5})?|\*"
 )
+
+# Of variables that others read: MODAL_TOKEN_SECRET, PGPASSWORD, OTEL_EXPORTER_OTLP_HEADERS, …
+_NAMES_A_SECRET = re.compile(r"(SECRET|PASSWORD|API_KEY|TOKEN|_HEADERS)$")
 
 # Several values, separated by commas.
 Values = Annotated[tuple[str, ...], NoDecode]
@@ -365,6 +372,9 @@ class Settings(TokenSettings, CallSettings):
         None, description="Days after the end of its last job after which audio is deleted."
     )
 
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Form of the log: lines for people, or JSON for programs."
+    )
     shutdown_timeout: float = Field(
         8.0,
         ge=0,
@@ -406,6 +416,19 @@ class Settings(TokenSettings, CallSettings):
                     "that names the audio"
                 )
         return days
+
+    def secrets(self) -> Iterator[str]:
+        """Yield what must not get into a log."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                yield value.get_secret_value()
+        with suppress(ValueError):
+            password = urlsplit(self.database_url.get_secret_value()).password
+            yield from {password, unquote(password)} if password else ()
+        for name, value in os.environ.items():
+            if _NAMES_A_SECRET.search(name):
+                yield value
 
     @property
     def gpu(self) -> str:

@@ -10,14 +10,15 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import psycopg
+from opentelemetry import trace
 from psycopg_pool import PoolTimeout
 
-from jobs import metrics
+from jobs import metrics, telemetry
 from jobs.backoff import Backoff
 from jobs.calls import (
     STATEMENT_TIMEOUT,
@@ -50,7 +51,7 @@ from jobs.settings import Settings
 from jobs.sql import ATTEMPTS
 from jobs.storage.base import AudioSource
 from modal_functions.merging import merge
-from modal_functions.plan import Plan
+from modal_functions.plan import SAMPLE_RATE, Plan, Span
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ class _Run:
         self._known: set[str] = set()  # calls for this job
         self._unnoted: set[str] = set()  # calls of which the database does not know yet
         self._progress = _Progress()
+        self._spans: Sequence[Span] = ()
 
     async def transcript(self) -> Transcript:
         known = await self._log.load()
@@ -201,10 +203,12 @@ class _Run:
             # A day has passed, or another machine goes on; chunks that are done stay done.
             await self._log.forget_plan()
             plan, chunks = await self._transcribe(await self._log.load())
-        transcript = await asyncio.to_thread(_merge, plan, chunks, self._options)
-        await self._log.note_usage(*self._prices)
-        await self._log.forget_audio()
-        await _within(CLEAN_UP_TIMEOUT, self._discard(str(plan.pcm)))
+        with telemetry.span("merge", {"pgscribe.chunks": len(chunks)}):
+            transcript = await asyncio.to_thread(_merge, plan, chunks, self._options)
+        with telemetry.span("store"):
+            await self._log.note_usage(*self._prices)
+            await self._log.forget_audio()
+            await _within(CLEAN_UP_TIMEOUT, self._discard(str(plan.pcm)))
         return transcript
 
     def _count_usage(self, usage: Usage) -> None:
@@ -224,6 +228,7 @@ class _Run:
         if known.refusal is not None:
             code, message = known.refusal["code"], known.refusal["message"]
             raise TranscriptionFailed(code, message, retryable=False)
+        self._spans = plan.spans
         self._progress.start(plan, known.chunks)
         slots = asyncio.Semaphore(self._limits.chunks_per_job)
         await _all_of(
@@ -276,8 +281,9 @@ class _Run:
             url = await self._log.audio_url()
             if url is None:
                 raise
-        async with self._fetch(url) as fetched:
-            await self._storage.save(path, fetched.chunks, fetched.content_type)
+        with telemetry.span("fetch"):
+            async with self._fetch(url) as fetched:
+                await self._storage.save(path, fetched.chunks, fetched.content_type)
         return await self._storage.locate(path)
 
     # One call
@@ -286,28 +292,47 @@ class _Run:
         """Return what the call returns; start it if there is none, and again where it is lost."""
         backoff = Backoff(*CALL_PAUSES)
         for _ in range(MOST_CALLS):
-            if call.id is None:
-                await _unless_killed(self._start(call, make_request))
-            assert call.id is not None
-            try:
-                with metrics.waiting_for_call(call.kind):
-                    outcome = await self._wait(call.id, report)
-            except CallLost:
-                logger.warning("Call %s was lost and is started again", call.id)
-                await self._log.forget_call(call)
-                await backoff.sleep()  # what lost one may lose the next as well
-            except ComputeUnavailable:
-                raise  # it goes on, for the next attempt
-            except TranscriptionFailed as exc:
-                await self._log.fail_call(call, exc)
-                self._count_usage(Usage(exc.gpu_seconds, exc.cpu_seconds))
-                raise
-            except PgscribeError:
-                await self._log.forget_call(call)
-                raise
-            else:
-                return outcome
+            with self._call_span(call) as span:
+                started = None
+                if call.id is None:
+                    started = time.time_ns()
+                    await _unless_killed(self._start(call, make_request))
+                assert call.id is not None
+                span.set_attribute("pgscribe.call.id", call.id)
+                try:
+                    with metrics.waiting_for_call(call.kind):
+                        outcome = await self._wait(call.id, report)
+                except CallLost as exc:
+                    telemetry.note_error(span, exc)
+                    logger.warning("Call %s was lost and is started again", call.id)
+                    await self._log.forget_call(call)
+                    await backoff.sleep()  # what lost one may lose the next as well
+                except ComputeUnavailable:
+                    raise  # it goes on, for the next attempt
+                except TranscriptionFailed as exc:
+                    await self._log.fail_call(call, exc)
+                    self._count_usage(Usage(exc.gpu_seconds, exc.cpu_seconds))
+                    raise
+                except PgscribeError:
+                    await self._log.forget_call(call)
+                    raise
+                else:
+                    telemetry.add_steps(span, outcome.steps, started)
+                    return outcome
         raise CallLost
+
+    def _call_span(self, call: Call) -> AbstractContextManager[trace.Span]:
+        """Return the span of a call: from its start, or from when this attempt waits for it."""
+        named: dict[str, str | bool | int | float] = {"pgscribe.call.resumed": call.id is not None}
+        if call.index is None:
+            return telemetry.span("prepare", named)
+        span = self._spans[call.index]
+        named |= {
+            "pgscribe.chunk": call.index,
+            "pgscribe.audio_seconds": (span.end - span.start) / SAMPLE_RATE,
+            "pgscribe.model": self._options.model,
+        }
+        return telemetry.span("transcribe", named)
 
     async def _start(self, call: Call, make_request: MakeRequest) -> None:
         """Start a call and note it. In between, and only there, a crash loses a call."""

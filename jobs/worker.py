@@ -8,7 +8,7 @@ import signal
 
 import procrastinate
 
-from jobs import __version__, database, health, retention, tasks
+from jobs import __version__, database, health, retention, tasks, telemetry
 from jobs.backoff import Backoff
 from jobs.compute.base import Compute
 from jobs.database import Pool
@@ -20,6 +20,7 @@ from jobs.queue_worker import App, Worker
 from jobs.settings import Settings
 from jobs.storage.base import Storage
 from jobs.storage.choose import make_storage
+from jobs.tracing import JobTraces
 from jobs.transcription import Limits, Transcriber, clean_up
 
 logger = logging.getLogger(__name__)
@@ -75,11 +76,14 @@ async def run(settings: Settings, stop: asyncio.Event, stop_now: asyncio.Event) 
             functools.partial(_clean_up, pool, storage, compute),
         )
         backoff = Backoff(1.0, 60.0)
+        traces = JobTraces(pool, settings.max_attempts)
+        traced = {"worker_middleware": [traces.middleware], "on_ended": traces.on_ended}
         while not stop.is_set():
             worker = app.new_worker(
                 concurrency=settings.worker_concurrency,
                 shutdown_graceful_timeout=settings.shutdown_timeout,
                 install_signal_handlers=False,
+                **(traced if telemetry.is_on() else {}),
             )
             monitor.watch(worker)
             try:

@@ -34,6 +34,7 @@ from modal_functions.errors import (
 )
 from modal_functions.fingerprint import fingerprint
 from modal_functions.plan import Span
+from modal_functions.steps import noted, step
 from modal_functions.transcript import TranscriptionOptions, is_model_name
 
 Answer = dict[str, Any]
@@ -93,16 +94,16 @@ def _commit(volume: modal.Volume) -> None:
 
 
 def _answer(machine: str, function: Callable[[], Answer]) -> Answer:
-    """Return what a function returns or reports, and the seconds that it took."""
-    start = time.perf_counter()
-    try:
-        answer = function()
-    except TranscriptionError as exc:
-        error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
-        answer = {"error": error}
+    """Return what a function returns or reports, and the seconds that it and its steps took."""
+    with noted() as steps:
+        try:
+            answer = function()
+        except TranscriptionError as exc:
+            error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
+            answer = {"error": error}
     usage = {"gpu_seconds": 0.0, "cpu_seconds": 0.0}
-    usage[f"{machine}_seconds"] = time.perf_counter() - start
-    return {**answer, "usage": usage}
+    usage[f"{machine}_seconds"] = steps["seconds"]
+    return {**answer, "usage": usage, "steps": steps}
 
 
 def _new_file(key: str) -> Path:
@@ -167,7 +168,8 @@ def prepare_audio(  # noqa: PLR0913 - called by name
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        _commit(audio)
+        with step("save"):
+            _commit(audio)
         return {"plan": replace(plan, pcm=path).to_dict()}
 
     return _answer("cpu", work)
@@ -263,8 +265,10 @@ class SpeechModel:
         loading of the model as well.
         """
         answer = _answer("gpu", lambda: self._transcribe(Path(pcm).name, Span(start, end), options))
-        answer["usage"]["gpu_seconds"] += self._load_seconds
-        self._load_seconds = 0.0
+        if self._load_seconds:
+            answer["usage"]["gpu_seconds"] += self._load_seconds
+            answer["steps"]["parts"].append(["load", -self._load_seconds, self._load_seconds])
+            self._load_seconds = 0.0
         return answer
 
     def _transcribe(self, name: str, span: Span, options: dict[str, Any]) -> Answer:
@@ -275,14 +279,16 @@ class SpeechModel:
         if wanted.model != self.model:
             raise InvalidOptions("options.model", f"must be {self.model}, which is loaded here")
         path = _audio_dir() / name
-        if not path.exists():
-            _reload()
-        try:
-            samples = read_span(path, span)
-        except (FileNotFoundError, ValueError) as exc:
-            raise PreparedAudioGone from exc
+        with step("read"):
+            if not path.exists():
+                _reload()
+            try:
+                samples = read_span(path, span)
+            except (FileNotFoundError, ValueError) as exc:
+                raise PreparedAudioGone from exc
         if self._loaded is None:
-            self._loaded = _load(self.engine, self.model)
+            with step("load"):
+                self._loaded = _load(self.engine, self.model)
         return {"transcript": transcribe_chunk(samples, wanted, engine=self._loaded).to_dict()}
 
 

@@ -19,6 +19,7 @@ from modal_functions.errors import NoSpeech
 from modal_functions.merging import no_speech
 from modal_functions.plan import Plan
 from modal_functions.splitting import MAX_SECONDS, MIN_SECONDS, split
+from modal_functions.steps import step
 from modal_functions.transcript import Transcript, TranscriptionOptions
 from modal_functions.waveform import peaks
 
@@ -59,12 +60,14 @@ def prepare(  # noqa: PLR0913 - each has a name
     Spans are `min_span` to `max_span` seconds long, see `split`. Raises what `decode` raises, and
     NoSpeech for a silent recording; then there is no file.
     """
-    decode_to_file(source, pcm, preprocessing=preprocessing, max_seconds=max_seconds)
-    spans = tuple(split(open_pcm(pcm), min_seconds=min_span, max_seconds=max_span))
-    if all(is_silent(read_span(pcm, span)) for span in spans):
-        pcm.unlink()
-        raise _silent(source)
-    return Plan(display_name(source), pcm, spans, peaks(open_pcm(pcm)))
+    with step("decode"):  # which is what fetches it, too
+        decode_to_file(source, pcm, preprocessing=preprocessing, max_seconds=max_seconds)
+    with step("plan"):
+        spans = tuple(split(open_pcm(pcm), min_seconds=min_span, max_seconds=max_span))
+        if all(is_silent(read_span(pcm, span)) for span in spans):
+            pcm.unlink()
+            raise _silent(source)
+        return Plan(display_name(source), pcm, spans, peaks(open_pcm(pcm)))
 
 
 def transcribe_chunk(
@@ -81,7 +84,8 @@ def transcribe_chunk(
     InvalidOptions.
     """
     if not is_silent(samples):
-        transcript = engine.transcribe(samples, options, on_progress=on_progress)
+        with step("transcribe"):
+            transcript = engine.transcribe(samples, options, on_progress=on_progress)
         if transcript.has_speech:
             return transcript
     elif on_progress is not None:

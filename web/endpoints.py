@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from jobs import logs
 from jobs.errors import DeliveryNotFound, EndpointNotFound, InvalidInput, JobNotFound
 from web.auth import Principal, Scope, authenticate, require
 from web.middleware import allow_body
@@ -98,6 +99,8 @@ class Endpoint:
                 require(arguments["user"], self.scope)
         for name in self.path_parameters:
             arguments[name] = _path_part(name, request.path_params[name], self.takes[name])
+            if name == "job_id":
+                logs.bind(job_id=arguments[name])
         if query := self.model("query"):
             arguments["query"] = validate(query, dict(request.query_params))
         if headers := self.model("headers"):

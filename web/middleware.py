@@ -3,9 +3,7 @@
 Plain ASGI, so that nothing of a streamed body or answer is held back.
 """
 
-import logging
 import re
-from contextvars import ContextVar
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,16 +12,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jobs import logs
 from jobs.errors import BodyTooLarge
 from jobs.settings import Settings
 from web.auth import USER_HEADER
 from web.openai_errors import in_openai_form
 from web.problems import on_unexpected_error
+from web.traces import Traces
 
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-_current: ContextVar[str] = ContextVar("request_id", default="-")
 
 # Unless an answer says otherwise; a page has to loosen the content policy for itself.
 _HEADERS = {
@@ -47,6 +45,7 @@ _REQUEST_HEADERS = (
     "Last-Event-ID",
     "Range",
     REQUEST_ID,
+    "Traceparent",
     "Tus-Resumable",
     "Upload-Length",
     "Upload-Metadata",
@@ -80,6 +79,7 @@ def middleware(settings: Settings) -> list[Middleware]:
     origins = settings.cors_origins
     return [
         Middleware(RequestIds),
+        Middleware(Traces),
         Middleware(ResponseHeaders),
         *([_cors(origins)] if origins else []),
         Middleware(LastResort),
@@ -111,7 +111,8 @@ class RequestIds:
             return
         sent = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid4().hex
-        _current.set(request_id)  # and left set: each request has a context of its own
+        # And left so: a request has a context of its own, though it may begin as that of the last.
+        logs.begin(request_id=request_id)
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -119,24 +120,6 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, with_id)
-
-
-class RequestIdFilter(logging.Filter):
-    """Gives each log record its request's id as ``request_id``, or ``-`` outside requests."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let the record pass."""
-        record.request_id = _current.get()
-        return True
-
-
-def log_request_ids() -> None:
-    """Have each line of the log say which request it is about."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(RequestIdFilter())
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s")
-        )
 
 
 class ResponseHeaders:

@@ -8,7 +8,8 @@ at a job goes on with the calls of the last one. Two functions can be called:
 - ``transcribe`` transcribes one span of such a file. Doing it twice has the same result.
 
 What a function finds wrong is a value, not an exception: remote errors lose their types on the
-way. Both return a mapping with ``usage`` and one of ``plan``, ``transcript`` or ``error``.
+way. Both return a mapping with ``usage`` and one of ``plan``, ``transcript`` or ``error``, and
+``steps`` since there is tracing.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from jobs.errors import TranscriptionFailed
+from jobs.telemetry import Steps
 from modal_functions.plan import Span
 from modal_functions.transcript import TranscriptionOptions
 
@@ -59,10 +61,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call returned: a plan's or a transcript's ``to_dict()``, and what it took."""
+    """What a call returned: a plan's or a transcript's ``to_dict()``, and what it took.
+
+    ``steps``: what it was busy with meanwhile, where the function says so.
+    """
 
     value: dict[str, Any]
     usage: Usage
+    steps: Steps | None = None
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Self:
@@ -70,7 +76,7 @@ class Outcome:
         if error := answer.get("error"):
             raise TranscriptionFailed(**error, **answer["usage"])
         value = answer["plan"] if "plan" in answer else answer["transcript"]
-        return cls(value, Usage(**answer["usage"]))
+        return cls(value, Usage(**answer["usage"]), Steps.from_answer(answer))
 
 
 class Compute(Protocol):

@@ -16,11 +16,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from jobs import logs
 from jobs.compute import packaged_weights
 from modal_functions.audio import read_span
 from modal_functions.engines import Engine, load_engine
 from modal_functions.errors import PreparedAudioGone, TranscriptionError
 from modal_functions.plan import Span
+from modal_functions.steps import noted, step
 from modal_functions.transcript import TranscriptionOptions
 from modal_functions.transcription import prepare, transcribe_chunk
 
@@ -43,20 +45,21 @@ class _Child:
         """Return the engine with ``model`` loaded; one model is kept, as memory is limited."""
         if self._loaded is None or self._loaded[0] != model:
             self._loaded = None
-            engine, models_dir = self._config["engine"], Path(self._config["models_dir"])
-            self._loaded = (
-                model,
-                load_engine(
-                    engine,
-                    model,
-                    path=packaged_weights.ensure(engine, model, models_dir),
-                    device=self._config["device"],
-                    threads=self._config["threads"],
-                    download_root=models_dir / engine,
-                    at_hand=packaged_weights.at_hand(engine, models_dir),
-                ),
-            )
+            with step("load"):
+                self._loaded = model, self._load(model)
         return self._loaded[1]
+
+    def _load(self, model: str) -> Engine:
+        engine, models_dir = self._config["engine"], Path(self._config["models_dir"])
+        return load_engine(
+            engine,
+            model,
+            path=packaged_weights.ensure(engine, model, models_dir),
+            device=self._config["device"],
+            threads=self._config["threads"],
+            download_root=models_dir / engine,
+            at_hand=packaged_weights.at_hand(engine, models_dir),
+        )
 
     def on_progress(self, fraction: float) -> None:
         if fraction - self._reported >= PROGRESS_STEP or fraction >= 1 > self._reported:
@@ -87,7 +90,8 @@ class _Child:
         """Transcribe a span of a decoded file."""
         options = TranscriptionOptions.from_dict(request["options"])
         try:
-            samples = read_span(Path(request["pcm"]), Span(**request["span"]))
+            with step("read"):
+                samples = read_span(Path(request["pcm"]), Span(**request["span"]))
         except (FileNotFoundError, ValueError) as exc:  # a power failure may leave less than all
             raise PreparedAudioGone from exc
         engine = self.engine(options.model)
@@ -96,19 +100,23 @@ class _Child:
         return {"transcript": transcript.to_dict()}
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return a function's answer, with its error as a value and what it took."""
+        """Return a function's answer, with its error as a value and what it and its steps took."""
+        logs.begin(**request["about"])
         before = _cpu_seconds()
+        with noted() as steps:
+            answer = self._run(request)
+        return answer | {"usage": {"cpu_seconds": _cpu_seconds() - before}, "steps": steps}
+
+    def _run(self, request: dict[str, Any]) -> dict[str, Any]:
         function = self.prepare if request["function"] == "prepare" else self.transcribe
         try:
-            answer = function(request)
+            return function(request)
         except TranscriptionError as exc:
-            error = {"code": exc.code, "message": str(exc), "retryable": exc.retryable}
-            answer = {"error": error}
+            return {"error": {"code": exc.code, "message": str(exc), "retryable": exc.retryable}}
         except Exception:  # whatever a model or a decoder raises ends this call only
             logger.exception("Unexpected error in the engine")
             message = "The engine failed unexpectedly; the worker's log says more."
-            answer = {"error": {"code": "internal_error", "message": message, "retryable": True}}
-        return answer | {"usage": {"cpu_seconds": _cpu_seconds() - before}}
+            return {"error": {"code": "internal_error", "message": message, "retryable": True}}
 
     def serve(self, requests: "queue.SimpleQueue[str]") -> None:
         while True:
@@ -134,12 +142,13 @@ def _read_requests(requests: "queue.SimpleQueue[str]") -> None:
 
 def main() -> None:
     """Serve requests until standard input ends."""
-    logging.basicConfig(level=logging.WARNING)
+    config = json.loads(sys.argv[1])
+    logs.setup(config["log_format"], level=logging.WARNING)
     answers = os.dup(1)
     os.dup2(2, 1)  # libraries that print must not disturb the answers
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-    _Child(json.loads(sys.argv[1]), answers).serve(requests)
+    _Child(config, answers).serve(requests)
 
 
 if __name__ == "__main__":

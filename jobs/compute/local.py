@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
+from jobs import logs
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe
 from jobs.errors import CallLost, EngineCrashed, SettingsError
 from jobs.settings import Settings
@@ -321,6 +322,7 @@ class LocalCompute:
             "models_dir": str(settings.models_dir.resolve()),
             "device": settings.device,
             "threads": threads,
+            "log_format": settings.log_format,
         }
         self._scratch = settings.scratch_dir.resolve()
         self._lanes = {
@@ -349,7 +351,9 @@ class LocalCompute:
         """Start a call on the next idle process of its kind; see ``Compute``."""
         call_id = f"local-{uuid4()}"
         self._forget_old()
-        call = self._calls[call_id] = _Call(self._message(call_id, request))
+        call = self._calls[call_id] = _Call(
+            self._message(call_id, request) | {"about": logs.context()}
+        )
         self._lanes[type(request)].add(call)
         return call_id
 

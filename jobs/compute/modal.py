@@ -15,7 +15,9 @@ import modal
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from modal import exception
 from modal.config import config
+from opentelemetry import trace
 
+from jobs import logs
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe
 from jobs.errors import (
     CallLost,
@@ -27,6 +29,8 @@ from jobs.errors import (
 from jobs.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+logs.adopt()  # the client has handlers of its own
 
 PREPARE = "prepare_audio"
 DISCARD = "discard_audio"
@@ -111,6 +115,7 @@ class ModalCompute:
     def __init__(self, settings: Settings) -> None:
         self._app = settings.modal_app_name
         self._engine = settings.engine
+        self._gpu = settings.modal_gpu
         self._connection = _Connection(token())
         self._waiting = _Connection(token())
 
@@ -154,6 +159,7 @@ class ModalCompute:
                 min_span=request.min_span,
                 max_span=request.max_span,
             )
+        trace.get_current_span().set_attribute("pgscribe.gpu", self._gpu)
         model = modal.Cls.from_name(self._app, MODEL, client=client)(
             engine=self._engine, model=request.options.model
         )

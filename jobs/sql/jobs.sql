@@ -4,17 +4,17 @@
 -- With an idempotency key that was used before this inserts nothing, unless the job is another one:
 -- that is refused.
 insert into public.processing_jobs
-  (user_id, file_path, options, audio_url, webhook_url, scheduled_at, priority, max_attempts, idempotency_key)
+  (user_id, file_path, options, audio_url, webhook_url, scheduled_at, priority, max_attempts, idempotency_key, traceparent)
 values (auth.uid(), %(file_path)s, %(options)s, %(audio_url)s, %(webhook_url)s, %(scheduled_at)s, %(priority)s,
-        %(max_attempts)s, %(idempotency_key)s)
+        %(max_attempts)s, %(idempotency_key)s, %(traceparent)s)
 on conflict (user_id, idempotency_key) where idempotency_key is not null do nothing
 returning id
 
 -- submit_many --
 -- As submit, in the order that they are given; those whose key was used before are left out.
 insert into public.processing_jobs
-  (user_id, file_path, options, audio_url, webhook_url, scheduled_at, priority, max_attempts, idempotency_key)
-select auth.uid(), j.*
+  (user_id, file_path, options, audio_url, webhook_url, scheduled_at, priority, max_attempts, idempotency_key, traceparent)
+select auth.uid(), j.*, %(traceparent)s
   from unnest(%(file_path)s::text[], %(options)s::jsonb[], %(audio_url)s::text[], %(webhook_url)s::text[],
               %(scheduled_at)s::timestamptz[], %(priority)s::smallint[], %(max_attempts)s::smallint[],
               %(idempotency_key)s::text[]) j
@@ -54,7 +54,7 @@ select * from public.processing_jobs where id = %(id)s
 
 -- get_without_result --
 select id, created_at, updated_at, scheduled_at, started_at, completed_at, user_id, job_id,
-       file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, due_at,
+       file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, traceparent, due_at,
        cancel_requested_at, retry_requested_at, audio_seconds, estimated_seconds, usage, note,
        error_code, error, null::jsonb as result
   from public.processing_jobs where id = %(id)s
@@ -82,7 +82,7 @@ select id, idempotency_key from public.processing_jobs
 
 -- list --
 select id, created_at, updated_at, scheduled_at, started_at, completed_at, user_id, job_id,
-       file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, due_at,
+       file_path, audio_url, webhook_url, options, status, progress, attempt, priority, max_attempts, idempotency_key, traceparent, due_at,
        cancel_requested_at, retry_requested_at, audio_seconds, estimated_seconds, usage, note,
        error_code, error
   from public.processing_jobs

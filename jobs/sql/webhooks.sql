@@ -2,7 +2,8 @@
 -- db/migrations.
 
 -- begin_delivery --
-select pgscribe.begin_delivery(%(delivery)s)
+select pgscribe.begin_delivery(%(delivery)s)::jsonb
+    || jsonb_build_object('trace', pgscribe.delivery_trace(%(delivery)s))
 
 -- record_delivery --
 select pgscribe.record_delivery(

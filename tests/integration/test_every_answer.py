@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from jobs import database, keys
+from jobs import database, keys, logs
 from jobs.errors import SettingsError
 from jobs.scopes import Scope
 from jobs.settings import Settings
 from web.app import create_app
 from web.auth import issue_token
-from web.middleware import REQUEST_ID, RequestIdFilter, allow_body, log_request_ids
+from web.middleware import REQUEST_ID, allow_body
 
 Headers = dict[str, str]
 
@@ -192,36 +192,25 @@ def test_others_are_replaced(api: httpx2.Client, sent: str) -> None:
 
 
 def test_log_lines_name_their_request(api: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.handler.addFilter(RequestIdFilter())
+    def name(record: logging.LogRecord) -> bool:
+        record.about = logs.context()
+        return True
+
+    caplog.handler.addFilter(name)
     caplog.set_level(logging.INFO)
-    for name in ("one", "two"):
-        api.get("/fail", headers={REQUEST_ID: name})
+    for request_id in ("one", "two"):
+        api.get("/fail", headers={REQUEST_ID: request_id})
     logging.getLogger("test").info("outside")
     seen = [
-        (record.request_id, record.name)  # type: ignore[attr-defined]
+        (record.about.get("request_id"), record.name)  # type: ignore[attr-defined]
         for record in caplog.records
         if record.name in {"web.problems", "test", "uvicorn.access"}
     ]
     assert seen.count(("one", "web.problems")) == 1
     assert seen.count(("two", "web.problems")) == 1
     assert ("two", "uvicorn.access") in seen
-    assert seen[-1] == ("-", "test")
+    assert seen[-1] == (None, "test")
     assert "uvicorn.error" not in {r.name for r in caplog.records if r.levelno >= logging.ERROR}
-
-
-def test_the_log_shows_request_ids(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    handler = logging.StreamHandler()
-    root.addHandler(handler)
-    before = {other: (other.formatter, other.filters[:]) for other in root.handlers}
-    try:
-        log_request_ids()
-        root.warning("hello")
-    finally:
-        root.removeHandler(handler)
-        for other, (formatter, filters) in before.items():
-            other.formatter, other.filters = formatter, filters
-    assert "WARNING root [-]: hello" in capsys.readouterr().err
 
 
 def test_answers_are_not_held_back(api: httpx2.Client, streams: Streams) -> None:

@@ -165,3 +165,53 @@ def test_the_engines_check_options_alike(options: Any, field: str | None) -> Non
     with pytest.raises(TranscriptionError) as caught:
         TranscriptionOptions.from_dict(options)
     assert str(caught.value).startswith(field)
+
+
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+INSERT_TRACED = (
+    b"insert into processing_jobs (user_id, file_path, traceparent) values (%s, 'a/b.mp3', %s)"
+    b" returning id"
+)
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "", "nonsense", TRACEPARENT[:-1], f"{TRACEPARENT}-00", f"ff{TRACEPARENT[2:]}",
+        TRACEPARENT.upper(), f"{TRACEPARENT}\n", f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01",
+    ],
+)  # fmt: skip
+def test_what_is_no_traceparent_is_refused(
+    conn: psycopg.Connection, user: UUID, traceparent: str
+) -> None:
+    with (
+        pytest.raises(psycopg.errors.CheckViolation, match=r"^traceparent: must be 00-") as caught,
+        conn.transaction(),
+    ):
+        conn.execute(INSERT_TRACED, (user, traceparent))
+    assert caught.value.diag.column_name == "traceparent"
+    assert "leave it out" in str(caught.value.diag.message_hint)
+    assert deferred(conn) == 0
+
+
+def test_users_may_say_whose_trace_a_job_belongs_to_and_not_change_it(
+    conn: psycopg.Connection, user: UUID
+) -> None:
+    conn.execute("select set_config('request.jwt.claims', %s, true)", (f'{{"sub": "{user}"}}',))
+    conn.execute("set local role authenticated")
+    row = conn.execute(
+        "insert into processing_jobs (file_path, traceparent) values (%s, %s)"
+        " returning id, traceparent", (f"{user}/a.mp3", TRACEPARENT),
+    ).fetchone()  # fmt: skip
+    assert row is not None
+    assert row[1] == TRACEPARENT
+    change = b"update processing_jobs set traceparent = null where id = %s"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
+        conn.execute(change, row[:1])
+    conn.execute("reset role")
+    with (
+        pytest.raises(psycopg.errors.CheckViolation, match="traceparent: never"),
+        conn.transaction(),
+    ):
+        conn.execute(change, row[:1])

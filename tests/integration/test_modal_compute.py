@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jobs import telemetry
 from jobs.compute import modal as modal_compute
 from jobs.compute.base import Outcome, Prepare, Transcribe
 from jobs.compute.modal import ModalCompute
@@ -22,6 +23,7 @@ from jobs.settings import Settings
 from modal_functions.plan import SAMPLE_RATE, Span
 from tests.local_modal import settings as local_modal
 from tests.local_modal.server import Address, in_thread
+from tests.spans import made_here
 
 pytestmark = pytest.mark.anyio
 
@@ -63,12 +65,20 @@ async def test_calls_return_what_the_functions_do(compute: ModalCompute) -> None
     plan = await result(compute, await compute.spawn(PREPARE))
     assert len(plan.value["spans"]) == 3
     assert plan.usage.cpu_seconds == 1
+    assert plan.steps is None  # as of an app that was deployed by the version before
     transcript = await result(compute, await compute.spawn(CHUNK))
     assert transcript.value["text"] == "chunk 0"
     assert transcript.value["language"] == "de"
     assert transcript.value["engine"] == "faster-whisper"
     assert transcript.usage.gpu_seconds == pytest.approx(0.3)
     await compute.discard("/audio/key.pcm")
+
+
+async def test_a_span_says_what_gpu_was_asked_for(compute: ModalCompute) -> None:
+    with made_here() as spans, telemetry.span("transcribe"):
+        await compute.spawn(CHUNK)
+    (span,) = spans.get_finished_spans()
+    assert span.attributes == {"pgscribe.gpu": "L4"}
 
 
 async def test_another_process_waits_for_the_same_call(

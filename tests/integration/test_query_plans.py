@@ -14,7 +14,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import database
 from jobs.queue import ClaimedJob, OutcomeName, Queue
 from jobs.settings import Settings
-from jobs.sql import CALLS, JOBS, OPERATE
+from jobs.sql import CALLS, JOBS, OPERATE, TRACING
 
 pytestmark = pytest.mark.anyio
 
@@ -276,6 +276,14 @@ class Steps:
         ).fetchone()
         assert row == (100,)
 
+    async def trace(self) -> None:
+        attempt = self._held[0].attempt
+        assert attempt is not None
+        values = {"job_id": attempt.job_id, "attempt": attempt.number}
+        row = self._conn.execute(TRACING["job_trace"], values).fetchone()
+        assert row is not None
+        assert row[0]["job_id"] == str(attempt.job_id)
+
     async def sign_off(self) -> None:
         await self._queue.sign_off(await self._queue.register())
 
@@ -305,6 +313,7 @@ async def test_what_is_read_does_not_depend_on_finished_jobs(
         ("waited", 1, steps.waits),
         ("beat", 10, steps.beat),
         ("end and claim", 20, steps.end_and_claim),
+        ("trace", 1, steps.trace),
         ("sweep", 20, steps.sweep),
         ("cancel and retry", 3, steps.cancel_and_retry),
         ("list", 20, functools.partial(steps.list_jobs, None)),

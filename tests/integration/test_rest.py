@@ -291,3 +291,20 @@ def test_uploads_above_the_limit_are_refused_before_they_are_sent(
     response = api.post("/uploads", json=body, headers=headers)
     assert_problem(response, 413, "upload_too_large")
     assert response.json()["limit"] == 2 * 1024**3
+
+
+def test_a_callers_trace_is_kept_without_spans_of_our_own(
+    api: TestClient, headers: Headers, user: UUID
+) -> None:
+    place = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    kept: list[str | None] = []
+    for sent in (place, f"01{place[2:]}-more", "nonsense", f"00-{'0' * 32}{place[35:]}", None):
+        traced = headers | ({"traceparent": sent} if sent else {})
+        answer = api.post("/process", json={"filePath": f"{user}/a.mp3"}, headers=traced)
+        assert answer.status_code == 202, sent
+        kept.append(
+            api.get(f"/jobs/{answer.json()['jobId']}", headers=headers).json()["traceparent"]
+        )
+        (first, *_) = api.get("/jobs", headers=headers).json()["jobs"]
+        assert first["traceparent"] == kept[-1]
+    assert kept == [place, place, None, None, None]

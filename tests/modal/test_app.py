@@ -20,6 +20,7 @@ from jobs.compute import packaged_weights
 from jobs.compute.base import Prepare, Transcribe
 from jobs.compute.modal import ModalCompute
 from jobs.settings import Settings as WorkerSettings
+from jobs.telemetry import Steps
 from modal_functions import app as deployed
 from modal_functions import engines
 from modal_functions.config import Config, InvalidConfig
@@ -97,16 +98,28 @@ async def transcribe(
     return answer
 
 
+def steps(answer: dict[str, Any]) -> list[str]:
+    """Return what a call was busy with, once it is clear that it had the time for that."""
+    report = Steps.from_answer(answer)
+    assert report is not None
+    during = [part for part in report.parts if part[0] != "load"]  # which may have been before
+    assert sum(duration for _, _, duration in during) <= report.duration
+    assert all(0 <= begin <= begin + took <= report.duration for _, begin, took in during)
+    return [name for name, *_ in report.parts]
+
+
 async def test_a_recording_is_prepared_and_transcribed(
     modal_client: modal.Client, url: str, clip_text: str, wer: Any, engine_name: str
 ) -> None:
     answer = await prepare(modal_client, f"{url}/clip.wav?token=signed")
     plan = Plan.from_dict(answer["plan"])
     assert len(plan.peaks) == 2000
+    assert steps(answer) == ["decode", "plan", "save"]
     parts = []
     for span in plan.spans:
         times = {"start": span.start, "end": span.end}
         answer = await transcribe(modal_client, engine_name, pcm=str(plan.pcm), **times)
+        assert {"read", "transcribe"} <= set(steps(answer)) <= {"load", "read", "transcribe"}
         parts.append((span.seconds, Transcript.from_dict(answer["transcript"])))
     assert wer(clip_text, merge(parts, name=plan.name).text) < 0.1
 

@@ -16,7 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jobs import models, service
+from jobs import logs, models, service
 from jobs.database import as_user
 from jobs.errors import InvalidInput
 from jobs.models import JobStatus, JobSummary, ProcessingJob
@@ -189,6 +189,7 @@ async def process(
         job_id = await service.submit(
             conn, **{part.name: getattr(job, part.name) for part in fields(job)}
         )
+    logs.bind(job_id=job_id)
     content = Accepted.of(job_id).model_dump(mode="json", by_alias=True)
     return JSONResponse(content, ACCEPTED, {"Location": f"/jobs/{job_id}"})
 

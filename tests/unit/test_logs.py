@@ -1,0 +1,117 @@
+"""Lines of the log: what they say, and what they never do."""
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from jobs import logs
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJlLW9mLWl0"
+
+
+class Said:
+    """What was logged."""
+
+    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
+        self._captured = captured
+
+    def lines(self) -> list[str]:
+        return self._captured.readouterr().err.splitlines()
+
+    def only(self) -> dict[str, Any]:
+        (line,) = map(json.loads, self.lines())
+        assert isinstance(line, dict)
+        return line
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Said]:
+    """What is logged; afterwards logging is as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    logs.begin()
+    yield Said(capsys)
+    logging.captureWarnings(capture=False)
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+def test_a_line_of_json_says_when_who_what_and_about_what(said: Said) -> None:
+    logs.setup("json")
+    logs.begin(job_id="a job", attempt=2)
+    logs.bind(worker=7)
+    logging.getLogger("some.package").warning("“%s”\nwent wrong", "it")
+    line = said.only()
+    at = datetime.fromisoformat(line.pop("timestamp"))
+    assert at.utcoffset() is not None
+    assert abs((at - datetime.now(at.tzinfo)).total_seconds()) < 10
+    assert line == {
+        "level": "warning",
+        "logger": "some.package",
+        "message": "“it”\nwent wrong",
+        "job_id": "a job",
+        "attempt": 2,
+        "worker": 7,
+    }
+    logs.begin(request_id="the next one")
+    logging.getLogger().info("hello")
+    assert "job_id" not in said.only()
+
+
+def test_a_line_of_json_has_its_traceback(said: Said) -> None:
+    logs.setup("json", secrets=["the password"])
+    logging.getLogger().error("Failed", exc_info=ValueError("the password is wrong"))
+    assert said.only()["exception"] == "ValueError: … is wrong"
+
+
+def test_a_line_of_text_is_for_people(said: Said) -> None:
+    logs.setup("text")
+    logs.begin(request_id="one")
+    logging.getLogger("web").error("hello")
+    (line,) = said.lines()
+    assert line.endswith("Z ERROR web [request_id=one]: hello")
+
+
+def test_other_packages_levels_and_handlers_give_way(said: Said) -> None:
+    modal = logging.getLogger("modal-client")
+    modal.addHandler(logging.StreamHandler())
+    logs.setup("json")
+    modal.warning("from the client")
+    logging.getLogger("httpx").info("GET https://example.org/?token=abcdefghi")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    lines = [json.loads(line) for line in said.lines()]
+    assert [line["message"] for line in lines] == ["from the client", "Uncaught"]
+    assert "ZeroDivisionError" in lines[1]["exception"]
+
+
+@pytest.mark.parametrize(
+    ("logged", "left"),
+    [
+        ("postgresql://me:s3cr3tpw@db:5432/x", "postgresql://me:…@db:5432/x"),
+        ("user=me password=s3cr3tpw host=db", "user=me password=… host=db"),
+        (f"GET /audio/{JWT}?download=1", "GET /audio/eyJ…?download=1"),
+        (f"Authorization: Bearer {JWT}", "Authorization: Bearer …"),
+        ("pgs_0123abcd_" + "a" * 43 + "_0123abcd is unknown", "pgs_0123abcd_… is unknown"),
+        ("signed with whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "signed with whsec_…"),
+        ("https://s.co/a.mp3?token=abc.def-ghi&x=1", "https://s.co/a.mp3?token=…&x=1"),
+        ("/a?X-Amz-Signature=0123456789abcdef", "/a?X-Amz-Signature=…"),
+        ("apikey=sb_secret_abcdefghijkl", "apikey=…"),
+        ("it knows a very known secret of ours", "it knows a … of ours"),
+        ("The token is not valid: token expired", "The token is not valid: token expired"),
+    ],
+)
+def test_secrets_are_left_out(said: Said, logged: str, left: str) -> None:
+    logs.setup("json", secrets=["very known secret", "own"])
+    logging.getLogger().warning("%s", logged)
+    assert said.only()["message"] == left
