@@ -3,7 +3,7 @@
 A job's spans are made by web servers and workers that never meet, and any of them may be killed.
 So the ids of those spans that have children elsewhere, the job's and its attempts', are not drawn
 but follow from the job's id: each process knows its spans' parents without asking anybody. See
-docs/decisions/0009-traces-and-logs.md.
+docs/decisions/0010-traces-and-logs.md.
 
 Of an error a span has the code only: messages may have anything in them.
 """

@@ -1,5 +1,5 @@
 -- Traces: a job says which trace it belongs to. docs/tracing.md shows how to see them,
--- docs/decisions/0009-traces-and-logs.md says why they are as they are.
+-- docs/decisions/0010-traces-and-logs.md says why they are as they are.
 --
 -- Triggers of their own, which fire only where somebody gives the column: nobody else pays for it.
 
