@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from standardwebhooks import Webhook, WebhookVerificationError
+from standardwebhooks.webhooks import EmptyWebhookSecretError
 
 from jobs.client_flows import Flow, Flows
 from jobs.client_requests import Request
@@ -46,7 +47,7 @@ class DeliveryPage(BaseModel):
 class Secret(BaseModel):
     """A new secret."""
 
-    secret: str
+    secret: str = Field(repr=False)
 
 
 class Replayed(BaseModel):
@@ -60,10 +61,14 @@ def verify_webhook(secret: str, headers: Mapping[str, str], body: bytes | str) -
 
     ``body`` is as it came, byte for byte; names of ``headers`` may be written in any way. Requests
     that are more than five minutes old are refused. Remember each ``webhook-id``: one may come
-    twice.
+    twice. Raises ``InvalidInput`` if the secret itself is none, so that no request could be right.
     """
     try:
-        said = Webhook(secret).verify(body, dict(headers))
+        webhook = Webhook(secret)
+    except (EmptyWebhookSecretError, ValueError):
+        raise InvalidInput("secret: must be as it was shown, whsec_…", field="secret") from None
+    try:
+        said = webhook.verify(body, dict(headers))
     except (WebhookVerificationError, ValueError) as exc:  # what it can't read is a ValueError
         raise WebhookNotVerified(f"The request is not one of pgscribe's: {exc}") from exc
     if not isinstance(said, dict):

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import psycopg
 from psycopg.rows import class_row, scalar_row
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.errors import DeliveryNotFound, EndpointNotFound
 from jobs.models import Cursor
@@ -53,7 +53,7 @@ class Endpoint(_Frozen):
 class NewEndpoint(Endpoint):
     """An endpoint with its ``secret``, which is not shown again."""
 
-    secret: str
+    secret: str = Field(repr=False)
 
 
 class Delivery(_Frozen):

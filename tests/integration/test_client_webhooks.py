@@ -37,6 +37,7 @@ def deliver(settings: Settings, delivery: UUID) -> None:
 def test_endpoints(client: JobClient, proxy: FaultyProxy) -> None:
     made = client.webhooks.create(URL, ["job.failed"], "mine")
     assert made.secret.startswith("whsec_")
+    assert made.secret not in f"{made!r} {made}"  # as it would stand in logs
     (listed,) = client.webhooks.endpoints()
     assert listed == client.webhooks.endpoint(str(made.id))
     assert (listed.url, listed.events, listed.description) == (URL, ["job.failed"], "mine")
@@ -86,6 +87,9 @@ def test_deliveries_are_listed_and_sent_again(
                 verify_webhook(secret, request.headers, body)
         with pytest.raises(WebhookNotVerified):
             verify_webhook(made.secret, {}, request.body)
+        for unset in ("", "whsec_", "whsec_!"):  # in nobody's name, or everybody's
+            with pytest.raises(InvalidInput, match="secret"):
+                verify_webhook(unset, request.headers, request.body)
     log = client.webhooks.delivery(of_job.id)
     assert log.payload["type"] == "job.failed"
     assert [attempt.response_status for attempt in log.log] == [204]
