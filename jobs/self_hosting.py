@@ -69,10 +69,15 @@ def _public_keys(values: Values) -> str:
 
     The private half must not be among it.
     """
-    keys = [dict(key) for key in json.loads(values["JWT_KEYS"]) if key["kty"] == "EC"]
-    for key in keys:
-        del key["d"]
-        key["key_ops"] = ["verify"]
+    try:
+        keys = [dict(key) for key in json.loads(values["JWT_KEYS"]) if key["kty"] == "EC"]
+        for key in keys:
+            del key["d"]
+            key["key_ops"] = ["verify"]
+    except (ValueError, TypeError, KeyError):
+        raise EnvFileRefused(
+            "JWT_KEYS is no list of private keys: bring it back, or `make-keys --renew JWT_KEYS`"
+        ) from None
     return _json({"keys": [*keys, _shared_key(values)]})
 
 
@@ -129,11 +134,23 @@ def complete(template: Path, target: Path) -> list[str]:
     text, wanted = _read(target), _read(template)
     here, there = _names(text), _names(wanted)
     lacking = [f"{name}={value}" for name, value in there.items() if name not in here]
+    _check_origins(target, here)
     if lacking:
         text = "\n".join([text.rstrip("\n"), "", *lacking, ""])
     filled, made = _fill(text, [name for name in there if name in SECRETS])
     _write(target, filled)
     return made
+
+
+def _check_origins(target: Path, values: Values) -> None:
+    """Raise ``EnvFileRefused`` if what a secret was made from is gone: another would not fit."""
+    for origin, made in MADE_FROM.items():
+        left = [name for name in made if values.get(name)]
+        if left and not values.get(origin):
+            raise EnvFileRefused(
+                f"{target} has no {origin} any more, from which {', '.join(left)} were made: bring "
+                "it back, or empty those as well to have all of them made anew"
+            )
 
 
 def renew(target: Path, names: Iterable[str]) -> list[str]:
@@ -173,7 +190,7 @@ def _fill(text: str, names: Iterable[str]) -> tuple[str, list[str]]:
         values[name] = quoted[name].strip("'")
     lines = [
         f"{found[1]}={quoted[found[1]]}"
-        if (found := _LINE.match(line)) and found[1] in quoted
+        if (found := _LINE.match(line)) and found[1] in quoted and not found[2].strip("'\"")
         else line
         for line in text.splitlines()
     ]
@@ -194,9 +211,11 @@ def _read(path: Path) -> str:
 
 def _write(path: Path, text: str, *, new: bool = False) -> None:
     """Write a file that only its owner reads, as a whole or not at all."""
+    path = path if new else path.resolve()  # what a link leads to, not the link
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

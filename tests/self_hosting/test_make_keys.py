@@ -1,7 +1,10 @@
 """`pgscribe make-keys`: what it makes is good for what it is for, and what is there stays."""
 
 import json
+import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -143,3 +146,58 @@ def test_what_is_no_secret_or_not_there_is_refused(folder: Path) -> None:
     assert absent.exit_code == 1
     assert ".env.example" in absent.output
     assert not (folder / ".env").exists()
+
+
+def test_what_would_not_fit_together_is_refused(folder: Path) -> None:
+    env = made(folder)
+    text = (folder / ".env").read_text()
+    for lost, left in (("JWT_SECRET", "ANON_KEY"), ("JWT_KEYS", "JWT_JWKS")):
+        lines = [line for line in text.splitlines() if not line.startswith(f"{lost}=")]
+        (folder / ".env").write_text("\n".join([*lines, f"{lost}=", ""]))
+        before = (folder / ".env").read_bytes()
+        refused = make_keys("--missing")
+        assert refused.exit_code == 1
+        assert lost in refused.output
+        assert left in refused.output
+        assert (folder / ".env").read_bytes() == before
+    spoiled = text.replace(f"JWT_JWKS='{env['JWT_JWKS']}'", "JWT_JWKS=")
+    (folder / ".env").write_text(spoiled.replace(f"JWT_KEYS='{env['JWT_KEYS']}'", "JWT_KEYS=none"))
+    refused = make_keys("--missing")
+    assert refused.exit_code == 1
+    assert "Error: JWT_KEYS is no list" in refused.output
+
+
+def test_an_env_of_any_kind_stays_what_it_is(folder: Path) -> None:
+    env = made(folder)
+    (folder / "elsewhere").mkdir()
+    real = (folder / ".env").rename(folder / "elsewhere" / "secrets")
+    (folder / ".env").symlink_to(real)
+    text = real.read_text().replace("SMTP_SENDER_NAME=pgscribe", "SMTP_SENDER_NAME=Café")
+    real.write_text(f"{text}POSTGRES_PASSWORD=\n", encoding="utf-8")
+    command = [sys.executable, "-X", "utf8=0", "-m", "jobs.cli", "make-keys", "--missing"]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / ".env").is_symlink()
+    assert "SMTP_SENDER_NAME=Café\n" in real.read_text(encoding="utf-8")
+    # The one that the database was made with is still there.
+    assert f"POSTGRES_PASSWORD={env['POSTGRES_PASSWORD']}\n" in real.read_text(encoding="utf-8")
+
+
+def test_git_takes_no_file_with_secrets() -> None:
+    """Not even a draft that a killed `make-keys` has left."""
+    names = [".env", ".env.0123abcd.new", ".env.old", "pgscribe.env", ".env.example"]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *names],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == names[:-1]
