@@ -5,13 +5,14 @@ Names and forms are those of Supabase's own self-hosted set-up, so its documenta
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -131,14 +132,15 @@ def complete(template: Path, target: Path) -> list[str]:
 
     Returns the names of the secrets that were added; what is there stays as it is.
     """
-    text, wanted = _read(target), _read(template)
-    here, there = _names(text), _names(wanted)
-    lacking = [f"{name}={value}" for name, value in there.items() if name not in here]
-    _check_origins(target, here)
-    if lacking:
-        text = "\n".join([text.rstrip("\n"), "", *lacking, ""])
-    filled, made = _fill(text, [name for name in there if name in SECRETS])
-    _write(target, filled)
+    with _alone(target):
+        text, wanted = _read(target), _read(template)
+        here, there = _names(text), _names(wanted)
+        lacking = [f"{name}={value}" for name, value in there.items() if name not in here]
+        _check_origins(target, here)
+        if lacking:
+            text = "\n".join([text.rstrip("\n"), "", *lacking, ""])
+        filled, made = _fill(text, [name for name in there if name in SECRETS])
+        _write(target, filled)
     return made
 
 
@@ -155,25 +157,39 @@ def _check_origins(target: Path, values: Values) -> None:
 
 def renew(target: Path, names: Iterable[str]) -> list[str]:
     """Replace secrets of ``target``, and what is made from them. Returns all their names."""
-    text = _read(target)
     renewed: set[str] = set()
     for name in names:
         if name not in SECRETS:
             known = ", ".join(SECRETS)
             raise EnvFileRefused(f"{name} is no secret that pgscribe makes; those are {known}")
         renewed |= {name, *MADE_FROM.get(name, ())}
-    present = _names(text)
-    if missing := sorted(renewed - set(present)):
-        raise EnvFileRefused(
-            f"{target} has no line for {', '.join(missing)}: run `pgscribe make-keys --missing`"
+    with _alone(target):
+        text = _read(target)
+        present = _names(text)
+        if missing := sorted(renewed - set(present)):
+            raise EnvFileRefused(
+                f"{target} has no line for {', '.join(missing)}: run `pgscribe make-keys --missing`"
+            )
+        emptied = "".join(
+            f"{found[1]}=\n"
+            if (found := _LINE.match(line)) and found[1] in renewed
+            else f"{line}\n"
+            for line in text.splitlines()
         )
-    emptied = "".join(
-        f"{found[1]}=\n" if (found := _LINE.match(line)) and found[1] in renewed else f"{line}\n"
-        for line in text.splitlines()
-    )
-    filled, made = _fill(emptied, renewed)
-    _write(target, filled)
+        filled, made = _fill(emptied, renewed)
+        _write(target, filled)
     return made
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let others wait who change the file, too: each would undo what the other has done."""
+    folder = os.open(target.resolve().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _names(text: str) -> dict[str, str]:

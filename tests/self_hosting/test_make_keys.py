@@ -201,3 +201,16 @@ def test_git_takes_no_file_with_secrets() -> None:
         check=False,
     )
     assert done.stdout.split() == names[:-1]
+
+
+def test_several_at_once_undo_nothing(folder: Path) -> None:
+    env = made(folder)
+    renewed = [name for name in SECRETS if "PASSWORD" in name or "REALTIME" in name]
+    command = [sys.executable, "-m", "jobs.cli", "make-keys", "--renew"]
+    started = [
+        subprocess.Popen([*command, name], cwd=folder, env=os.environ | {"PYTHONPATH": str(REPO)})
+        for name in renewed
+    ]
+    assert [process.wait(60) for process in started] == [0] * len(renewed)
+    now = values(folder)
+    assert {name for name in env if now[name] != env[name]} == set(renewed)
