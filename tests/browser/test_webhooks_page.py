@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser.conftest import Site, running_worker, sign_in
 from tests.browser.test_operating import answer_dialog
@@ -218,3 +218,79 @@ def test_the_secret_of_jobs_with_a_url_of_their_own(
     expect(rows(page).locator(".status")).to_have_text(["Delivered"])
     page.get_by_role("link", name="Open").click()
     expect(page.locator("#status")).to_have_text("Failed")
+
+
+def refresh(page: Page) -> None:
+    """Have the page ask anew, as it does every few seconds, and wait until it shows the answer."""
+    with page.expect_response(lambda answer: "/webhooks/deliveries?" in answer.url) as answered:
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    answered.value.finished()
+    page.evaluate("new Promise((shown) => setTimeout(shown))")
+
+
+def test_what_is_pressed_keeps_the_focus_and_is_pressed_once(
+    site: Site, page: Page, receiver: Receiver
+) -> None:
+    webhooks(page)
+    add(page, receiver.url)
+    take_secret(page)
+    held: list[Route] = []
+    page.route("**/test", lambda route: held.append(route))  # noqa: PLW0108 - as Playwright needs
+    send = page.get_by_role("button", name="Send a test")
+    for _ in range(2):
+        send.press("Enter")
+        refresh(page)
+        expect(send).to_be_focused()
+    (request,) = held
+    request.continue_()
+    expect(rows(page).locator(".status")).to_have_text(["Delivered"])
+    expect(send).to_be_focused()
+
+    details = page.get_by_role("button", name="Details of")
+    details.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    site.conn.execute("update webhook_deliveries set attempts = 7 where attempts = 1")
+    refresh(page)
+    expect(rows(page)).to_contain_text("7 times")
+    page.keyboard.press("Escape")
+    expect(details).to_be_focused()
+
+    page.get_by_role("button", name="Send again: ").press("Enter")
+    receiver.expect(2)
+    page.get_by_role("button", name="Disable").press("Enter")
+    expect(page.locator("#endpoints .status")).to_have_text("Disabled")
+    expect(page.get_by_role("button", name="Enable")).to_be_focused()
+
+
+def test_what_went_wrong_stays_to_be_read_and_a_secret_does_not_stay(
+    site: Site, page: Page, user: tuple[UUID, str], complained: list[str]
+) -> None:
+    webhooks(page)
+    add(page, "https://hooks.test/")
+    secret = page.get_by_role("textbox", name="Secret")
+    expect(secret).not_to_have_value("")
+    # The browser may keep the page as it is, and show it again to whoever goes back.
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))")
+    expect(page.locator("#secret-value")).to_have_value("")
+    expect(page.locator("#secret")).to_be_hidden()
+
+    site.conn.execute(
+        "insert into webhook_deliveries (user_id, endpoint_id, event, payload, status, created_at,"
+        " completed_at) select user_id, id, 'job.completed', '{}', 'failed',"
+        " now() - make_interval(mins => n), now() from webhook_endpoints, generate_series(1, 60) n"
+        " where user_id = %s",
+        (user[0],),
+    )
+    site.conn.execute("update webhook_endpoints set disabled_at = now(), disabled_reason = 'owner'")
+    refresh(page)
+    page.get_by_role("button", name="Send again: ").first.click()
+    expect(page.locator("#deliveries-problem")).to_contain_text("disabled")
+    refresh(page)
+    expect(page.locator("#deliveries-problem")).to_contain_text("disabled")
+    assert "422" in complained.pop()
+
+    page.get_by_role("button", name="Show older ones").click()
+    expect(rows(page)).to_have_count(60)
+    page.get_by_role("button", name="Delete").click()
+    answer_dialog(page, "Delete it", about="hooks.test")
+    expect(rows(page)).to_have_text(["None."])

@@ -1,6 +1,6 @@
 // Asking before something that can't be undone with one click.
 
-import { byId } from "./dom.js";
+import { byId, openDialog } from "./dom.js";
 
 /** Ask in a dialog; resolve to whether the answer was yes. */
 export function confirmed(title, text, yes) {
@@ -9,7 +9,7 @@ export function confirmed(title, text, yes) {
   byId("confirm-text").textContent = text;
   byId("confirm-yes").textContent = yes;
   dialog.returnValue = "no";
-  dialog.showModal();
+  openDialog(dialog);
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
   });

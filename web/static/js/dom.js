@@ -52,8 +52,22 @@ export function update(element, children) {
     else if (!before.isEqualNode(child) && !before.querySelector(":active")) before.replaceWith(child);
   });
   while (element.childElementCount > children.length) element.lastElementChild.remove();
-  if (!focused || element.contains(document.activeElement)) return;
-  [...element.querySelectorAll("[data-key]")].find(({ dataset }) => dataset.key === focused)?.focus();
+  if (focused && !element.contains(document.activeElement)) focusOn(focused, element);
+}
+
+/** Give the focus to what has that `data-key`, if it is there. */
+export function focusOn(key, element = document.body) {
+  [...element.querySelectorAll("[data-key]")].find(({ dataset }) => dataset.key === key)?.focus();
+}
+
+/** Show a dialog. What had the focus gets it back once it is closed, though it may have been made anew meanwhile. */
+export function openDialog(dialog) {
+  const { key } = document.activeElement.dataset;
+  dialog.showModal();
+  dialog.addEventListener("close", () => {
+    const focused = document.activeElement;
+    if (key && (focused === document.body || dialog.contains(focused))) focusOn(key);
+  }, { once: true });
 }
 
 /**

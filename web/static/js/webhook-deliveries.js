@@ -2,8 +2,9 @@
 
 import { api } from "./api.js";
 import { confirmed } from "./confirming.js";
-import { byId, h, update } from "./dom.js";
+import { byId, focusOn, h, openDialog, update } from "./dom.js";
 import { ago, dateAndTime, hostOf, plural, span } from "./format.js";
+import { once } from "./pressing.js";
 import { toast } from "./toasts.js";
 
 const STATES = { queued: ["Waiting", ""], sending: ["Being sent", "processing"], delivered: ["Delivered", "completed"], failed: ["Not delivered", "failed"] };
@@ -21,12 +22,14 @@ export class Deliveries {
   constructor() {
     for (const select of [this.#status, this.#endpoint]) select.addEventListener("change", () => this.#again());
     byId("more-deliveries").addEventListener("click", () => this.#more());
-    byId("replay-missed").addEventListener("click", (event) => this.#replayMissed(event.currentTarget));
+    byId("replay-missed").addEventListener("click", () => once("replay-missed", () => this.#replayMissed()));
   }
 
   /** Let one choose among these endpoints. */
   name(endpoints) {
-    this.#urls = new Map(endpoints.map(({ id, url }) => [id, url]));
+    const urls = new Map(endpoints.map(({ id, url }) => [id, url]));
+    if ([...this.#urls.keys()].some((id) => !urls.has(id))) this.#paged = false; // its log is gone
+    this.#urls = urls;
     const chosen = this.#endpoint.value;
     update(this.#endpoint, [h("option", { value: "" }, "To anywhere"), ...endpoints.map((one) => h("option", { value: one.id }, one.url))]);
     this.#endpoint.value = endpoints.some(({ id }) => id === chosen) ? chosen : "";
@@ -80,7 +83,6 @@ export class Deliveries {
     const none = h("tr", {}, h("td", { colspan: "8", class: "muted" }, "None."));
     update(byId("deliveries"), found.length ? found.map((one) => this.#row(one)) : [none]);
     byId("more-deliveries").hidden = !this.#cursor;
-    byId("deliveries-problem").hidden = true;
   }
 
   #row(one) {
@@ -98,8 +100,8 @@ export class Deliveries {
       h("td", {}, one.due_at ? `${plural(one.attempts, "time")}, again ${ago(one.due_at)}` : plural(one.attempts, "time")),
       h("td", { class: "name" }, answer(one)),
       h("td", {}, h("span", { class: "actions" },
-        h("button", { type: "button", class: "quiet", "aria-label": `Details of ${about}`, "data-key": `details ${one.id}`, onclick: () => this.#try(() => this.#details(one.id)) }, "Details"),
-        again && h("button", { type: "button", class: "quiet", "aria-label": `Send again: ${about}`, "data-key": `again ${one.id}`, onclick: (event) => this.#replay(event.currentTarget, one.id) }, "Send again"),
+        h("button", { type: "button", class: "quiet", "aria-label": `Details of ${about}`, "data-key": `details ${one.id}`, onclick: () => once("details", () => this.#try(() => this.#details(one.id))) }, "Details"),
+        again && h("button", { type: "button", class: "quiet", "aria-label": `Send again: ${about}`, "data-key": `again ${one.id}`, onclick: () => once(`again ${one.id}`, () => this.#replay(one.id)) }, "Send again"),
       )),
     );
   }
@@ -127,27 +129,25 @@ export class Deliveries {
     ));
     byId("requests").replaceChildren(...(rows.length ? rows : [h("tr", {}, h("td", { colspan: "4", class: "muted" }, "None yet."))]));
     byId("payload").textContent = JSON.stringify(one.payload, null, 2);
-    byId("delivery").showModal();
+    openDialog(byId("delivery"));
   }
 
-  async #replay(button, id) {
-    button.disabled = true;
+  async #replay(id) {
     await this.#try(async () => {
       await api("POST", `/webhooks/deliveries/${id}/replay`);
       toast("It is sent again, with the same id.");
       this.#paged = false;
       await this.refresh();
+      if (document.activeElement === document.body) focusOn(`details ${id}`); // its own button is gone
     });
-    button.disabled = false;
   }
 
-  async #replayMissed(button) {
+  async #replayMissed() {
     const period = byId("missed").selectedOptions[0].textContent;
     const endpoint = this.#endpoint.value || null;
     const where = endpoint ? `to ${this.#endpoint.selectedOptions[0].textContent} ` : "";
     const text = `All that could not be delivered ${where}in the last ${period} is sent once more, up to 1,000.`;
     if (!(await confirmed("Send again?", text, "Send again"))) return;
-    button.disabled = true;
     await this.#try(async () => {
       const since = new Date(Date.now() - byId("missed").value * HOUR).toISOString();
       const { replayed } = await api("POST", "/webhooks/replay", { body: { since, ...(endpoint && { endpoint }) } });
@@ -155,7 +155,6 @@ export class Deliveries {
       this.#paged = false;
       await this.refresh();
     });
-    button.disabled = false;
   }
 
   /** Do something, and say what went wrong. */

@@ -4,6 +4,7 @@ import { api } from "./api.js";
 import { confirmed } from "./confirming.js";
 import { byId, h, update } from "./dom.js";
 import { ago, dateAndTime } from "./format.js";
+import { once } from "./pressing.js";
 import { toast } from "./toasts.js";
 
 const DISABLED = {
@@ -21,7 +22,7 @@ export class Endpoints {
     this.onSecret = onSecret;
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#add();
+      once("add", () => this.#add());
     });
   }
 
@@ -35,14 +36,15 @@ export class Endpoints {
   }
 
   #item(one) {
-    const named = (label) => ({ "aria-label": `${label} ${one.url}`, "data-key": `${label} ${one.id}` });
-    const button = (label, act, attributes = {}) => h("button", { type: "button", class: "quiet", onclick: (event) => this.#run(event.currentTarget, act), ...named(label), ...attributes }, label);
+    // Of what takes another's place, the key is the same: it gets its focus.
+    const button = (label, act, key = `${label} ${one.id}`) => h("button", { type: "button", class: "quiet", onclick: () => once(key, () => this.#run(act)), "aria-label": `${label} ${one.url}`, "data-key": key }, label);
+    const enabling = `enable ${one.id}`;
     return h("li", { class: "job" },
       h("span", { class: "name" }, one.url),
       h("span", { class: "actions" },
-        one.disabled_at ? button("Enable", () => this.#enable(one, true)) : button("Send a test", () => this.#test(one)),
+        one.disabled_at ? button("Enable", () => this.#enable(one, true), enabling) : button("Send a test", () => this.#test(one)),
         button("New secret", () => this.#rotate(one)),
-        one.disabled_at ? null : button("Disable", () => this.#enable(one, false)),
+        one.disabled_at ? null : button("Disable", () => this.#enable(one, false), enabling),
         button("Delete", () => this.#delete(one)),
       ),
       h("span", { class: "about" },
@@ -55,15 +57,13 @@ export class Endpoints {
     );
   }
 
-  /** Do something that one press of a button asks for once. */
-  async #run(button, act) {
-    button.disabled = true;
+  /** Do something, and say what went wrong. */
+  async #run(act) {
     try {
       await act();
     } catch (error) {
       toast(error.message);
     }
-    button.disabled = false;
     this.onChange();
   }
 
@@ -95,8 +95,6 @@ export class Endpoints {
   async #add() {
     const { url, description } = this.#form.elements;
     const events = new FormData(this.#form).getAll("events");
-    const button = this.#form.querySelector("button");
-    button.disabled = true;
     try {
       if (!url.value.trim()) throw new Problem("url", "Say where the requests are to go.");
       if (!events.length) throw new Problem("events", "Choose at least one event.");
@@ -110,7 +108,6 @@ export class Endpoints {
     } catch (error) {
       this.#complain(error);
     }
-    button.disabled = false;
   }
 
   #complain(error) {

@@ -3,6 +3,7 @@
 import { confirmed } from "./confirming.js";
 import { api } from "./api.js";
 import { byId } from "./dom.js";
+import { once } from "./pressing.js";
 import { toast } from "./toasts.js";
 import { Deliveries } from "./webhook-deliveries.js";
 import { Endpoints } from "./webhook-endpoints.js";
@@ -49,13 +50,19 @@ byId("copy-secret").addEventListener("click", async () => {
   }
 });
 
-byId("hide-secret").addEventListener("click", () => {
+function hideSecret() {
   byId("secret-value").value = "";
   byId("secret").hidden = true;
+}
+
+byId("hide-secret").addEventListener("click", () => {
+  hideSecret();
   byId("endpoints-title").focus();
 });
+// Browsers keep pages, and show them again to whoever goes back.
+addEventListener("pagehide", hideSecret);
 
-byId("own-secret").addEventListener("click", async () => {
+async function makeOwnSecret() {
   const text = "Requests to the webhook URLs of your jobs are signed with it from now on, and for a day with the one before it, too.";
   if (!(await confirmed("Make a new secret?", text, "Make it"))) return;
   try {
@@ -64,7 +71,9 @@ byId("own-secret").addEventListener("click", async () => {
   } catch (error) {
     toast(error.message);
   }
-});
+}
+
+byId("own-secret").addEventListener("click", () => once("own-secret", makeOwnSecret));
 
 document.addEventListener("visibilitychange", () => (document.hidden ? clearTimeout(timer) : refresh()));
 refresh();
