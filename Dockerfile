@@ -19,8 +19,8 @@ COPY db db
 COPY jobs jobs
 COPY modal_functions modal_functions
 COPY web web
-RUN pip wheel --wheel-dir /wheels/pgscribe --constraint constraints.txt . \
-    && pip wheel --wheel-dir /wheels/local --constraint constraints.txt '.[local]'
+RUN pip wheel --wheel-dir /wheels/pgscribe --constraint constraints.txt '.[telemetry]' \
+    && pip wheel --wheel-dir /wheels/local --constraint constraints.txt '.[local,telemetry]'
 
 FROM base AS runtime
 # A fixed number, so that folders of the host can be given to it.

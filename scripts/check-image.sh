@@ -12,8 +12,8 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 base=${BASE:-/usr/bin/python3}
 case $target in
-  pgscribe) wanted=. compute=modal ;;
-  local) wanted='.[local]' compute=local ;;
+  pgscribe) wanted='.[telemetry]' compute=modal ;;
+  local) wanted='.[local,telemetry]' compute=local ;;
   *) echo "check-image.sh: no such target: $target" >&2; exit 2 ;;
 esac
 

@@ -124,7 +124,7 @@ def test_settings_of_pgscribe(
         given = environment(services, name)
         settings = {key for key in given if key.startswith("PGSCRIBE_")}
         known = {f"PGSCRIBE_{field.upper()}" for field in Settings.model_fields}
-        assert settings <= known | {"PGSCRIBE_WORKER_HEALTH_PORT"}
+        assert settings <= known
         with monkeypatch.context() as patch:
             for key in settings:
                 patch.setenv(key, given[key])

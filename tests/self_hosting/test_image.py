@@ -52,9 +52,10 @@ def installed_with(requirements: list[str]) -> set[str]:
 @pytest.mark.parametrize("target", ["pgscribe", "local"])
 def test_what_is_installed(target: str) -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = list(project["dependencies"])
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["telemetry"]
     if target == "local":
-        wanted += project["optional-dependencies"]["local"]
+        wanted += extras["local"]
     names = installed_with(wanted)
     assert {"psycopg", "psycopg-binary", "starlette", "modal"} <= names
     assert not names & {
@@ -99,7 +100,10 @@ def test_the_dockerfile_is_sound() -> None:
 
 def built() -> list[str]:
     lines = re.findall(r"pip wheel (.*?)(?: \\)?$", DOCKERFILE, re.MULTILINE)
-    assert [line.split()[-1] for line in lines] == [".", "'.[local]'"]
+    assert [line.split()[-1] for line in lines] == [
+        "'.[telemetry]'",
+        "'.[local,telemetry]'",
+    ]
     return lines
 
 
