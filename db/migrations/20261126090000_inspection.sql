@@ -153,13 +153,17 @@ comment on function pgscribe.share_of is 'What an owner has been given, in audio
 create function pgscribe.ahead_in_line(owner uuid, priority smallint, queue_job text) returns integer
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 begin
-  return (
+  -- Two ranges of the index of waiting jobs: one condition for both would read all that come after this one, too.
+  return least(1000, (
+    select count(*) from (
+      select from public.processing_jobs p
+       where p.user_id = owner and p.status = 'queued' and p.due_at is null and p.priority > ahead_in_line.priority
+       order by p.priority desc, p.job_id::bigint limit 1000) a) + (
     select count(*) from (
       select from public.processing_jobs p
        where p.user_id = owner and p.status = 'queued' and p.due_at is null
-         and (p.priority > ahead_in_line.priority
-              or p.priority = ahead_in_line.priority and p.job_id::bigint < ahead_in_line.queue_job::bigint)
-       order by p.priority desc, p.job_id::bigint limit 1000) a);
+         and p.priority = ahead_in_line.priority and p.job_id::bigint < ahead_in_line.queue_job::bigint
+       order by p.job_id::bigint limit 1000) b));
 end $$;
 comment on function pgscribe.ahead_in_line is 'How many of an owner''s jobs that may start now come before this one, counted up to 1000.';
 

@@ -345,6 +345,20 @@ async def test_an_owners_list_does_not_depend_on_others_jobs(
         check(f"list {status}", read, rows=rows)
 
 
+@pytest.mark.parametrize("full_database", [(5_000, 1)], indirect=True)
+async def test_a_place_in_line_does_not_depend_on_how_long_the_line_is(
+    full_database: list[UUID], conn: psycopg.Connection, queue: Queue, meter: Meter
+) -> None:
+    """Nor on statistics, which know of no job that waits."""
+    conn.execute("select limit_owners(max_queued => 1000000)")
+    steps = Steps(conn, queue, 0, full_database)
+    await steps.insert(5_000)
+    first = steps.inspect(20, "where status = 'queued' order by queue_job_id limit 20")
+    read = await meter.measure(first)
+    # All that wait are read once, to put them in order; then what comes before each of them.
+    assert read.rows <= 5_000 + 20 * 40, read
+
+
 @pytest.mark.parametrize(
     "full_database",
     [(100_000, 20), pytest.param((1_000_000, 20), marks=pytest.mark.slow)],
