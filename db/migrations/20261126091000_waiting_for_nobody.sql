@@ -137,7 +137,8 @@ revoke all on pgscribe.deleted_endpoints from public, anon, authenticated, servi
 create function pgscribe.remember_deleted_endpoints() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  insert into pgscribe.deleted_endpoints (endpoint_id) select o.id from old_rows o;
+  insert into pgscribe.deleted_endpoints (endpoint_id) select o.id from old_rows o
+  on conflict (endpoint_id) do update set deleted_at = excluded.deleted_at;  -- it was made anew meanwhile, with the same id
   return null;
 end $$;
 comment on function pgscribe.remember_deleted_endpoints is 'Notes whose deliveries are to be deleted.';
@@ -154,19 +155,24 @@ create function pgscribe.forget_deliveries(patience interval) returns integer
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   endpoint uuid;
+  busy uuid[] := '{}';
   deleted integer;
   total integer := 0;
 begin
   loop
-    select e.endpoint_id into endpoint from pgscribe.deleted_endpoints e order by e.deleted_at for update skip locked limit 1;
+    select e.endpoint_id into endpoint from pgscribe.deleted_endpoints e
+     where e.endpoint_id <> all (busy) order by e.deleted_at for update skip locked limit 1;
     exit when not found;
     with batch as (
-      select d.id from public.webhook_deliveries d where d.endpoint_id = endpoint limit 1000 for update skip locked)
+      select d.id from public.webhook_deliveries d where d.endpoint_id = endpoint and pgscribe.goes_with_its_endpoint(endpoint)
+       limit 1000 for update skip locked)
     delete from public.webhook_deliveries d using batch where d.id = batch.id;
     get diagnostics deleted = row_count;
     total := total + deleted;
-    if deleted = 0 then
-      exit when exists (select from public.webhook_deliveries d where d.endpoint_id = endpoint);  -- somebody has them locked
+    if deleted = 0 and exists (
+        select from public.webhook_deliveries d where d.endpoint_id = endpoint and pgscribe.goes_with_its_endpoint(endpoint)) then
+      busy := busy || endpoint;
+    elsif deleted = 0 then
       delete from pgscribe.deleted_endpoints e where e.endpoint_id = endpoint;
     end if;
     exit when clock_timestamp() > statement_timestamp() + patience;
@@ -340,8 +346,9 @@ end $$;
 -- Workers of any version call this once a minute.
 create or replace function pgscribe.add_up_usage() returns integer
 language sql volatile set search_path = pg_catalog, pg_temp as $$
-  select pgscribe.close_day();
+  -- Before the lock on days, for which whoever retries or deletes jobs waits.
   select pgscribe.forget_deliveries(interval '2 s');
+  select pgscribe.close_day();
   with news as (delete from pgscribe.usage_news returning *),
   added as (
     insert into pgscribe.owner_usage as u (owner_id, month, audio_seconds, jobs)

@@ -231,6 +231,60 @@ def test_an_endpoint_goes_at_once_and_its_deliveries_by_and_by(
     assert value(conn, "select count(*) from pgscribe.deleted_endpoints") == 0
 
 
+def test_deliveries_that_somebody_has_locked_hold_up_no_other_endpoints(
+    conn: psycopg.Connection, work: Work, user: UUID, make_user: MakeUser,
+    other: psycopg.Connection,
+) -> None:  # fmt: skip
+    for owner in (user, make_user()):
+        endpoint(conn, owner)
+        tell(work, owner)
+        conn.execute("delete from webhook_endpoints")
+    other.execute("select from webhook_deliveries where user_id = %s for update", (user,))
+    assert value(conn, FORGET) == 1
+    assert conn.execute("select user_id from webhook_deliveries").fetchall() == [(user,)]
+    other.commit()
+    assert value(conn, FORGET) == 1
+    assert value(conn, "select count(*) from pgscribe.deleted_endpoints") == 0
+
+
+def test_an_endpoint_made_anew_with_its_id_keeps_its_deliveries(
+    conn: psycopg.Connection, work: Work, user: UUID
+) -> None:
+    """As whoever has a secret key may make it, who restores what was deleted."""
+    made = endpoint(conn, user)
+    for _ in range(2):
+        conn.execute("delete from webhook_endpoints")
+        conn.execute("set role service_role")
+        conn.execute(
+            "insert into webhook_endpoints (id, user_id, url) values (%s, %s, 'https://a.org')",
+            (made, user),
+        )
+        conn.execute("reset role")
+        tell(work, user)
+    assert value(conn, FORGET) == 0
+    assert value(conn, "select count(*) from webhook_deliveries") == 2
+    assert value(conn, "select count(*) from pgscribe.deleted_endpoints") == 0
+
+
+def test_nobodys_retry_waits_while_deliveries_are_deleted(
+    conn: psycopg.Connection, database: str, work: Work, user: UUID,
+    other: psycopg.Connection, beside: ThreadPoolExecutor,
+) -> None:  # fmt: skip
+    endpoint(conn, user)
+    tell(work, user)
+    conn.execute("delete from webhook_endpoints")
+    other.execute("select from procrastinate.procrastinate_jobs for update")  # it waits for that
+    with psycopg.connect(database, autocommit=True) as worker:
+        added = beside.submit(worker.execute, b"select pgscribe.add_up_usage()")
+        wait_for_lock(conn, worker)
+        lock = "select pg_try_advisory_xact_lock_shared(hashtextextended('pgscribe days', 0))"
+        free = value(conn, lock)
+        other.commit()
+        added.result()
+    assert free
+    assert value(conn, "select count(*) from webhook_deliveries") == 0
+
+
 @pytest.mark.parametrize("first", ["the user goes", "the job ends"])
 def test_a_user_is_deleted_while_a_job_of_theirs_ends(
     conn: psycopg.Connection, database: str, work: Work, user: UUID, first: str,
