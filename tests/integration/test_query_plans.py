@@ -47,17 +47,28 @@ insert into public.processing_jobs
 select %(user)s, 'a/b.mp3', 'completed', 1, at, at, at, '{}'
   from (select now() - interval '30 days' as at from generate_series(1, 30)) n
 """
+DELIVERIES = """
+with added as (
+  insert into webhook_deliveries (user_id, endpoint_id, event, payload, queue_job_id)
+  select %(user)s, (select id from webhook_endpoints), 'webhook.test', '{}',
+         nextval('procrastinate.procrastinate_jobs_id_seq')
+    from generate_series(1, %(count)s)
+  returning id, queue_job_id)
+insert into procrastinate.procrastinate_jobs (id, queue_name, task_name, args)
+select queue_job_id, 'webhooks', 'deliver_webhook', jsonb_build_object('delivery_id', id)
+  from added
+"""
 READS = """
 select sum(seq_scan), sum(seq_tup_read + coalesce(idx_tup_fetch, 0)),
        sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)
   from pg_stat_user_tables join pg_statio_user_tables using (relid)
- where pg_stat_user_tables.relname in ('processing_jobs', 'procrastinate_jobs')
+ where pg_stat_user_tables.relname in ('processing_jobs', 'procrastinate_jobs', 'webhook_deliveries')
 """
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What both tables of jobs were read for."""
+    """What the tables of jobs and deliveries were read for."""
 
     sequential_scans: int
     rows: int
@@ -357,6 +368,39 @@ async def test_a_place_in_line_does_not_depend_on_how_long_the_line_is(
     read = await meter.measure(first)
     # All that wait are read once, to put them in order; then what comes before each of them.
     assert read.rows <= 5_000 + 20 * 40, read
+
+
+@pytest.mark.parametrize("full_database", [(10, 1)], indirect=True)
+async def test_deliveries_are_deleted_one_by_one_although_the_statistics_know_of_none(
+    full_database: list[UUID], conn: psycopg.Connection, superuser: psycopg.Connection,
+    meter: Meter,
+) -> None:  # fmt: skip
+    """As where retention has deleted all there were, and then there are many."""
+    (user,) = full_database
+    conn.execute(
+        "insert into webhook_endpoints (user_id, url) values (%s, 'https://a.org')", (user,)
+    )
+    superuser.execute("alter table webhook_deliveries set (autovacuum_enabled = false)")
+    superuser.execute(DELIVERIES.encode(), {"user": user, "count": 100})
+    superuser.execute("delete from webhook_deliveries")
+    superuser.execute("delete from procrastinate.procrastinate_jobs")
+    superuser.execute("analyze webhook_deliveries, procrastinate.procrastinate_jobs")
+    superuser.execute(DELIVERIES.encode(), {"user": user, "count": 10_000})
+    conn.execute("delete from webhook_endpoints")
+    superuser.execute("select pg_stat_force_next_flush()")
+
+    async def forget() -> None:
+        row = conn.execute("select pgscribe.forget_deliveries('0 s')").fetchone()
+        assert row == (1000,)
+
+    read = await meter.measure(forget())
+    assert read.sequential_scans == 0
+    assert read.rows <= 5 * 1000, read
+    rows = conn.execute(
+        "select (select count(*) from webhook_deliveries),"
+        " (select count(*) from procrastinate.procrastinate_jobs)"
+    ).fetchall()
+    assert rows == [(9000, 9000)]
 
 
 @pytest.mark.parametrize(
