@@ -5,13 +5,14 @@
 -- one owner's, who then waited for everybody's to be read. The condition holds for every job, but only operators' queries
 -- say so.
 
--- Nothing is written to the table while it is made, of the few jobs that failed or were cancelled.
+-- Dropped first, which takes the strongest lock: whoever takes a weaker one first, and then that, waits for those who have
+-- read the table and want to write to it, who wait for them. The one below takes its place, in the same transaction.
+-- squawk-ignore require-concurrent-index-deletion
+drop index public.processing_jobs_not_completed_idx;
+-- The table is neither read nor written while it is made, of the few jobs that failed or were cancelled.
 -- squawk-ignore require-concurrent-index-creation
 create index processing_jobs_ended_badly_idx on public.processing_jobs (status, created_at desc, id desc)
   where status in ('failed', 'cancelled') and attempt >= 0;
--- The one above takes its place, in the same transaction.
--- squawk-ignore require-concurrent-index-deletion
-drop index public.processing_jobs_not_completed_idx;
 
 create or replace function pgscribe.newest_jobs(
   status text, owner uuid, error_code text, most integer, after_at timestamptz, after_id uuid, ended_before timestamptz default null)

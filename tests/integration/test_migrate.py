@@ -16,6 +16,7 @@ from procrastinate import schema
 from db import migrate, named_queries
 from db.embedded import EmbeddedPostgres
 from jobs.cli import main
+from tests.streams import until
 
 SUPABASE = shutil.which("supabase")
 Supabase = Callable[..., str]
@@ -95,6 +96,35 @@ def test_a_broken_migration_leaves_nothing_and_the_next_run_goes_on(
         assert conn.execute("select to_regclass('half')").fetchone() == (None,)
     monkeypatch.setattr(migrate, "migrations", lambda: whole)
     assert migrate.migrate(empty) == 0
+
+
+def test_migrations_and_who_reads_and_then_writes_do_not_wait_for_each_other(
+    empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an old worker does all the time, whose transaction began before."""
+    whole = migrate.migrations()
+    before = [known for known in whole if known.version < "20261126090000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(migrate, "migrations", lambda: before)
+        migrate.migrate(empty)
+    tables = ("processing_jobs", "webhook_deliveries", "webhook_endpoints")
+    with (
+        psycopg.connect(empty) as worker,
+        psycopg.connect(empty, autocommit=True) as conn,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for table in tables:
+            worker.execute(f"select from {table}".encode())
+        migrated = pool.submit(migrate.migrate, empty)
+        blocked = (
+            "select exists (select from pg_stat_activity where %s = any (pg_blocking_pids(pid)))"
+        )
+        pid = worker.info.backend_pid
+        until(lambda: conn.execute(blocked, (pid,)).fetchone() == (True,), "it waits for a lock")
+        for table in tables:
+            worker.execute(f"update {table} set user_id = user_id where false".encode())
+        worker.commit()
+        assert migrated.result() == len(whole) - len(before)
 
 
 def test_the_queue_is_what_procrastinate_would_have_made(

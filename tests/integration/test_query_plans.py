@@ -62,7 +62,8 @@ READS = """
 select sum(seq_scan), sum(seq_tup_read + coalesce(idx_tup_fetch, 0)),
        sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)
   from pg_stat_user_tables join pg_statio_user_tables using (relid)
- where pg_stat_user_tables.relname in ('processing_jobs', 'procrastinate_jobs', 'webhook_deliveries')
+ where pg_stat_user_tables.relname
+       in ('processing_jobs', 'procrastinate_jobs', 'webhook_deliveries')
 """
 
 
