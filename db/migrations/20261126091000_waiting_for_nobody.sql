@@ -40,6 +40,12 @@ begin
        where p.user_id = owner and (wanted is null or p.status = wanted) and (p.created_at, p.id) < (after_at, after_id)
          and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
        order by p.created_at desc, p.id desc limit most;
+  elsif wanted in ('queued', 'processing') then  -- not by everybody's newest: those may have been completed
+    return query
+      select p.id, p.created_at from public.processing_jobs p
+       where p.status = wanted and (p.created_at, p.id) < (after_at, after_id)
+         and (ended_before is null or p.completed_at + interval '0 s' < ended_before)
+       order by p.created_at desc, p.id desc limit most;
   elsif wanted <> 'completed' then
     return query
       select p.id, p.created_at from public.processing_jobs p

@@ -405,6 +405,26 @@ async def test_deliveries_are_deleted_one_by_one_although_the_statistics_know_of
     assert rows == [(9000, 9000)]
 
 
+@pytest.mark.parametrize("full_database", [(20_000, 1)], indirect=True)
+async def test_operators_lists_of_what_waits_do_not_depend_on_newer_jobs(
+    full_database: list[UUID], conn: psycopg.Connection, superuser: psycopg.Connection,
+    queue: Queue, meter: Meter,
+) -> None:  # fmt: skip
+    """As where an owner has been paused for a while: theirs are the oldest jobs, and many."""
+    await Steps(conn, queue, 0, full_database).insert(1_000)
+    superuser.execute(
+        "update processing_jobs set created_at = now() - interval '30 days' where status = 'queued'"
+    )
+    superuser.execute("analyze processing_jobs")
+    superuser.execute("select pg_stat_force_next_flush()")
+
+    async def look() -> None:
+        query = "select count(*) from pgscribe.newest_jobs('queued', null, null, 20, null, null)"
+        assert conn.execute(query.encode()).fetchone() == (20,)
+
+    check("queued", await meter.measure(look()), rows=100)
+
+
 @pytest.mark.parametrize(
     "full_database",
     [(100_000, 20), pytest.param((1_000_000, 20), marks=pytest.mark.slow)],
