@@ -425,6 +425,32 @@ async def test_operators_lists_of_what_waits_do_not_depend_on_newer_jobs(
     check("queued", await meter.measure(look()), rows=100)
 
 
+def test_deliveries_of_deleted_endpoints_are_passed_over_without_a_call_for_each(
+    conn: psycopg.Connection, superuser: psycopg.Connection, user: UUID
+) -> None:
+    conn.execute(
+        "insert into webhook_endpoints (user_id, url) values (%s, 'https://a.org')", (user,)
+    )
+    superuser.execute(DELIVERIES.encode(), {"user": user, "count": 100})
+    superuser.execute("update webhook_deliveries set status = 'failed'")
+    conn.execute("delete from webhook_endpoints")
+    superuser.execute("set track_functions = 'all'")
+    with superuser.transaction():
+        superuser.execute(
+            "select set_config('role', 'authenticated', true),"
+            " set_config('request.jwt.claims', %s, true)",
+            (f'{{"sub": "{user}"}}',),
+        )
+        row = superuser.execute(
+            "select replay_webhook_deliveries(now() - interval '1 day')"
+        ).fetchone()
+        assert row == (0,)
+        calls = superuser.execute(
+            "select funcname, calls from pg_stat_xact_user_functions where schemaname <> 'auth'"
+        ).fetchall()
+    assert dict(calls) == {"replay_webhook_deliveries": 1, "replay_deliveries": 1}
+
+
 @pytest.mark.parametrize(
     "full_database",
     [(100_000, 20), pytest.param((1_000_000, 20), marks=pytest.mark.slow)],
