@@ -47,7 +47,9 @@ _ORIGIN = re.compile(
 )
 
 # Of variables that others read: MODAL_TOKEN_SECRET, PGPASSWORD, OTEL_EXPORTER_OTLP_HEADERS, …
-_NAMES_A_SECRET = re.compile(r"(SECRET|PASSWORD|API_KEY|TOKEN|_HEADERS)$")
+_NAMES_A_SECRET = re.compile(
+    r"(SECRET|PASSWORD|TOKEN|_HEADERS|(API|SECRET|ACCESS|PRIVATE|ROLE)_KEY)$"
+)
 
 # Several values, separated by commas.
 Values = Annotated[tuple[str, ...], NoDecode]
@@ -176,6 +178,19 @@ class CallSettings(_FromEnvironment):
         assert info.field_name is not None
         default: str = cls.model_fields[info.field_name].default
         return value.strip() or default
+
+
+def _passwords(database: str) -> Iterator[str]:
+    """Yield the password in a URL or a connection string, and what may be part of one."""
+    if "://" not in database:
+        found = re.search(r"password\s*=\s*(?:'((?:\\.|[^'\\])*)'|(\S+))", database)
+        yield from filter(None, found.groups() if found else ())
+        # libpq quotes what stands alone, such as the rest of a password with a space.
+        yield from (word for word in database.split() if "=" not in word)
+        return
+    with suppress(ValueError):
+        password = urlsplit(database).password
+        yield from {password, unquote(password)} if password else ()
 
 
 class Settings(TokenSettings, CallSettings):
@@ -423,12 +438,14 @@ class Settings(TokenSettings, CallSettings):
             value = getattr(self, name)
             if isinstance(value, SecretStr):
                 yield value.get_secret_value()
-        with suppress(ValueError):
-            password = urlsplit(self.database_url.get_secret_value()).password
-            yield from {password, unquote(password)} if password else ()
+        yield from _passwords(self.database_url.get_secret_value())
         for name, value in os.environ.items():
             if _NAMES_A_SECRET.search(name):
                 yield value
+            if name.endswith("_HEADERS"):  # name=value,…; values are percent-encoded
+                for header in value.split(","):
+                    secret = header.partition("=")[2].strip()
+                    yield from (secret, unquote(secret))
 
     @property
     def gpu(self) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -38,6 +39,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     logs.begin()
     yield Said(capsys)
     logging.captureWarnings(capture=False)
@@ -106,6 +108,10 @@ def test_other_packages_levels_and_handlers_give_way(said: Said) -> None:
         ("signed with whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "signed with whsec_…"),
         ("https://s.co/a.mp3?token=abc.def-ghi&x=1", "https://s.co/a.mp3?token=…&x=1"),
         ("/a?X-Amz-Signature=0123456789abcdef", "/a?X-Amz-Signature=…"),
+        ("/back?access_token=abcdef&x=1", "/back?access_token=…&x=1"),
+        ("/in?next=%2Fa%3Ftoken%3Dabcdef", "/in?next=%2Fa%3Ftoken%3D…"),
+        ("user=me password='s3cr3tpw' host=db", "user=me password='…' host=db"),
+        ("{'user': 'me', 'password': 's3cr3tpw'}", "{'user': 'me', 'password': '…'}"),
         ("apikey=sb_secret_abcdefghijkl", "apikey=…"),
         ("it knows a very known secret of ours", "it knows a … of ours"),
         ("The token is not valid: token expired", "The token is not valid: token expired"),
@@ -115,3 +121,58 @@ def test_secrets_are_left_out(said: Said, logged: str, left: str) -> None:
     logs.setup("json", secrets=["very known secret", "own"])
     logging.getLogger().warning("%s", logged)
     assert said.only()["message"] == left
+
+
+@pytest.mark.parametrize(
+    "form",
+    ['a+b/c "d" ü=', "a%2Bb%2Fc%20%22d%22%20%C3%BC%3D", "a%2Bb%2Fc+%22d%22+%C3%BC%3D",
+     'a+b/c \\"d\\" ü=', 'a+b/c \\"d\\" \\u00fc='],
+)  # fmt: skip
+def test_a_known_secret_is_left_out_in_each_of_its_forms(said: Said, form: str) -> None:
+    logs.setup("json", secrets=['a+b/c "d" ü='])
+    logging.getLogger().warning("It is <%s>.", form)
+    assert said.only()["message"] == "It is <…>."
+
+
+FORGED = "a.mp3\n2026-11-26T10:00:00.000Z INFO jobs [-]: All is well\r\x1b[2J\x9b2J\u2028\udce9"
+
+
+def test_what_users_send_makes_no_line_and_moves_no_cursor(said: Said) -> None:
+    logs.setup("text")
+    logging.getLogger().error("No file %s", FORGED, exc_info=ValueError(FORGED))
+    first, *rest = said.lines()
+    assert first.endswith("No file a.mp3")
+    assert len(rest) == 3
+    for line in rest:
+        assert line.startswith("  ")
+        assert line.isprintable()
+    logs.setup("json")
+    logging.getLogger().error("%s", FORGED)
+    (line,) = said.lines()
+    assert line.isprintable()
+    assert json.loads(line)["message"] == FORGED
+
+
+def test_what_can_not_be_logged_is_not_printed_instead(said: Said) -> None:
+    logs.setup("json", secrets=["the password"])
+    logging.getLogger("some.package").info("%d", "the password")
+    assert said.only()["message"] == "A line could not be logged: TypeError"
+
+
+def test_what_can_not_be_raised_is_logged_like_the_rest(said: Said) -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("the password")
+
+    logs.setup("json", secrets=["the password"])
+    Failing()
+    assert "ValueError: …" in said.only()["exception"]
+
+
+def test_a_long_line_takes_no_time_whatever_is_in_it(said: Said) -> None:
+    logs.setup("json")
+    begun = time.process_time()
+    logging.getLogger().info("GET /%s", "eyJ-" * 16_000)  # as long as uvicorn takes it
+    logging.getLogger().info("%s", "x" * 10_000_000)
+    assert time.process_time() - begun < 1.0
+    assert max(map(len, said.lines())) < 3 * logs.LONGEST

@@ -50,6 +50,25 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SECRET not in repr(settings)
 
 
+@pytest.mark.parametrize(
+    ("database", "found"),
+    [
+        ("postgresql://me:hid%2Fden@db/x", {"hid%2Fden", "hid/den"}),
+        ("host=db password=hidden user=me", {"hidden"}),
+        (r"host=db password = 'hid den\'s' user=me", {r"hid den\'s"}),
+        ("host=db password=hid den user=me", {"hid", "den"}),  # libpq names the second
+    ],
+)
+def test_secrets_of_all_kinds_are_known_to_the_log(
+    monkeypatch: pytest.MonkeyPatch, database: str, found: set[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-store")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-team=of%20ours, api-key=of-the-collector")
+    known = set(Settings.load(database_url=database, jwt_secret=SECRET).secrets())
+    assert known >= found | {SECRET, database}
+    assert known >= {"of-the-store", "of%20ours", "of ours", "of-the-collector"}
+
+
 def test_environment_beats_dotenv_beats_the_running_dev_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
