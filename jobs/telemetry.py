@@ -77,7 +77,8 @@ def configure(service: str) -> None:
     """
     name = next((name for name in WANTED_BY if os.environ.get(name)), None)
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if name is None or disabled or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    if name is None or disabled or exporter == "none":
         return
     if find_spec("opentelemetry.sdk") is None:
         raise SettingsError(
@@ -125,10 +126,7 @@ def _read(value: str) -> SpanContext | None:
 
 @contextmanager
 def going_on(place: SpanContext | None) -> Iterator[None]:
-    """Pass a caller's place on, without a span of our own."""
-    if place is None:
-        yield
-        return
+    """Pass a caller's place on, without a span of our own; or none, whatever is current now."""
     token = attach(_in(place))
     try:
         yield

@@ -66,9 +66,17 @@ class SdkTracing:
 def start(service: str) -> SdkTracing:
     """Return what exports as the environment says. Raises ``SettingsError``."""
     ids = _Ids()
-    provider = TracerProvider(resource=_resource(service), id_generator=ids, shutdown_on_exit=False)
-    for exporter in _exporters():
-        provider.add_span_processor(BatchSpanProcessor(exporter))
+    try:
+        provider = TracerProvider(
+            resource=_resource(service), id_generator=ids, shutdown_on_exit=False
+        )
+        for exporter in _exporters():
+            provider.add_span_processor(BatchSpanProcessor(exporter))
+    except ValueError as exc:  # their texts name the setting, and a number at most
+        raise SettingsError(
+            f"OpenTelemetry's settings are unusable: {exc}; see the variables OTEL_BSP_…, "
+            "OTEL_SPAN_… and OTEL_ATTRIBUTE_…"
+        ) from exc
     _export_the_rest_on_exit(provider)
     return SdkTracing(provider, provider.get_tracer("pgscribe", __version__), ids)
 

@@ -42,16 +42,16 @@ class Traces:
 
             async def watched(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    _note_answer(span, scope, message)
+                    _note_answer(span, method, scope.get("route"), message)
                 await send(message)
 
             await self._app(scope, receive, watched)
 
 
-def _note_answer(span: Span, scope: Scope, answer: Message) -> None:
-    route = getattr(scope.get("route"), "path", None)
+def _note_answer(span: Span, method: str, found: object, answer: Message) -> None:
+    route = getattr(found, "path", None)
     if route is not None:
-        span.update_name(f"{scope['method']} {route}")
+        span.update_name(f"{method} {route}")
         span.set_attribute("http.route", route)
     status = answer["status"]
     span.set_attribute("http.response.status_code", status)

@@ -171,7 +171,7 @@ def test_nothing_is_exported_unless_somebody_says_where(monkeypatch: pytest.Monk
     telemetry.configure("test")
     assert not telemetry.is_on()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    for name, value in (("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")):
+    for name, value in (("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "None ")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             telemetry.configure("test")
@@ -184,6 +184,27 @@ def test_what_can_not_export_says_what_could(monkeypatch: pytest.MonkeyPatch) ->
         telemetry.configure("test")
     monkeypatch.setattr(telemetry, "find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=r"pip install 'pgscribe\[telemetry\]'"):
+        telemetry.configure("test")
+    assert not telemetry.is_on()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "-1"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "99999"),
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1"),
+        ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", "many"),
+    ],
+)
+def test_what_opentelemetry_refuses_is_an_error_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(name, value)
+    about = name.removeprefix("OTEL_").removeprefix("BSP_")
+    with pytest.raises(SettingsError, match=rf"(?i)^OpenTelemetry's settings .*{about}.*OTEL_BSP"):
         telemetry.configure("test")
     assert not telemetry.is_on()
 
