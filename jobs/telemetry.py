@@ -328,4 +328,4 @@ class Steps:
 
 
 def _nanoseconds(seconds: float) -> int:
-    return int(seconds * SECOND)
+    return int(float(seconds) * SECOND)  # it may be a text, which would be repeated

@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +53,9 @@ def run(app: Starlette, *, host: str, port: int, trusted_proxies: Sequence[str] 
         timeout_graceful_shutdown=GRACE,
     )
     server = Server(config, on_stop=app.state.events.end_streams)
+    # Having stopped, uvicorn raises again what it was stopped by. That must not kill the process
+    # there and then: spans are exported at its exit.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

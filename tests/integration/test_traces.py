@@ -55,14 +55,17 @@ class Place:
         )
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._run("web", "--port", str(port))
+        # Its spans are exported when it is stopped, or never.
+        late = self.environment | {"OTEL_BSP_SCHEDULE_DELAY": "600000"}
+        self._run("web", "--port", str(port), environment=late)
 
     def start_worker(self) -> Any:
         return self._run("worker")
 
-    def _run(self, *arguments: str) -> Any:
+    def _run(self, *arguments: str, environment: dict[str, str] | None = None) -> Any:
         log = self._folder / f"{arguments[0]}.log"
-        return self._stack.enter_context(processes.command(log, self.environment, *arguments))
+        running = processes.command(log, environment or self.environment, *arguments)
+        return self._stack.enter_context(running)
 
 
 @dataclass(frozen=True)
