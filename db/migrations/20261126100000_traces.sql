@@ -35,14 +35,15 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
            'age', extract(epoch from now() - coalesce(p.retry_requested_at, p.created_at)),
            'waited', extract(epoch from now() - greatest(a.ended_at, p.retry_requested_at, p.created_at)),
            'max_attempts', p.max_attempts,
-           'lost', case when a.error_code = 'worker_lost' then json_build_object(
+           -- One that failed its job was in another run, whose spans have other ids.
+           'lost', case when a.error_code = 'worker_lost' and a.outcome = 'retried' then json_build_object(
              'began', extract(epoch from now() - a.started_at), 'ended', extract(epoch from now() - a.ended_at)) end)
     from public.processing_jobs p
     left join public.processing_job_attempts a on a.job_id = p.id and a.attempt = job_trace.attempt - 1
    where p.id = job_trace.job
 $$;
 comment on function pgscribe.job_trace is
-  'What the spans of a job follow from: its traceparent and which run of it this is, and for an attempt how many seconds ago the run and the wait for this attempt began. lost: when the attempt before it, whose worker died, began and ended.';
+  'What the spans of a job follow from: its traceparent and which run of it this is, and for an attempt how many seconds ago the run and the wait for this attempt began. lost: when the attempt before it in this run, whose worker died, began and ended.';
 
 create function pgscribe.delivery_trace(delivery uuid) returns json
 language sql stable set search_path = pg_catalog, pg_temp as $$

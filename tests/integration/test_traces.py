@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import ffmpeg
 import httpx2
 import imageio_ffmpeg
+import psycopg
 import pytest
 
 from db.embedded import EmbeddedPostgres
@@ -286,6 +287,24 @@ def test_a_job_of_nobodys_trace_has_its_own_which_goes_on_when_a_worker_is_kille
     assert call["attributes"]["pgscribe.call.resumed"] is True
     drawn = journey.text("trees.txt")
     assert f"trace {own_id}\n  job    " in drawn
+
+
+@pytest.mark.parametrize(("outcome", "is_of_this_run"), [("retried", True), ("failed", False)])
+def test_a_lost_attempt_belongs_to_the_run_that_it_was_made_in(
+    conn: psycopg.Connection, user: UUID, outcome: str, *, is_of_this_run: bool
+) -> None:
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, %s) returning id",
+        (user, f"{user}/a.mp3"),
+    ).fetchone()
+    assert row is not None
+    conn.execute(
+        "insert into processing_job_attempts (job_id, attempt, started_at, outcome, error_code)"
+        " values (%s, 1, now(), %s, 'worker_lost')", (row[0], outcome),
+    )  # fmt: skip
+    trace = conn.execute("select pgscribe.job_trace(%s, 2)", row).fetchone()
+    assert trace is not None
+    assert (trace[0]["lost"] is not None) is is_of_this_run
 
 
 def test_an_invalid_traceparent_starts_a_trace(journey: Journey) -> None:
