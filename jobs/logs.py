@@ -22,7 +22,8 @@ from opentelemetry import trace
 LogFormat = Literal["text", "json"]
 
 SHORTEST = 6  # characters of a secret that is known; what is shorter would hide other words
-LONGEST = 32_768  # characters of a message or a traceback
+LONGEST = 32_768  # characters of the beginning and of the end of a message or a traceback
+AT_A_CUT = 4096  # characters, more than secrets have
 
 _context: ContextVar[Mapping[str, Any]] = ContextVar("log_context", default={})  # noqa: B039 - never changed
 
@@ -163,11 +164,16 @@ class _Formatter(logging.Formatter):
         place = trace.get_current_span().get_span_context()
         if place.is_valid:
             about |= {"trace_id": f"{place.trace_id:032x}", "span_id": f"{place.span_id:016x}"}
-        return self._hide(record.getMessage()), about, self._hide(error)
+        return self._shown(record.getMessage()), about, self._shown(error)
+
+    def _shown(self, text: str) -> str:
+        if len(text) <= 2 * LONGEST:
+            return self._hide(text)
+        # A secret that is cut is not known: what is next to the cut goes, too.
+        beginning, end = self._hide(text[:LONGEST]), self._hide(text[-LONGEST:])
+        return f"{beginning[:-AT_A_CUT]}\n…\n{end[AT_A_CUT:]}"
 
     def _hide(self, text: str) -> str:
-        if len(text) > 2 * LONGEST:
-            text = f"{text[:LONGEST]}\n…\n{text[-LONGEST:]}"
         if self._known is not None:
             text = self._known.sub("…", text)
         for looks, left in _SECRETS:

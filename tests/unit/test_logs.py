@@ -176,3 +176,13 @@ def test_a_long_line_takes_no_time_whatever_is_in_it(said: Said) -> None:
     logging.getLogger().info("%s", "x" * 10_000_000)
     assert time.process_time() - begun < 1.0
     assert max(map(len, said.lines())) < 3 * logs.LONGEST
+
+
+def test_a_secret_that_is_cut_does_not_stay_in_part(said: Said) -> None:
+    secret = "a-secret-of-which-nobody-should-see-any-part"
+    logs.setup("json", secrets=[secret])
+    rest = "x" * (logs.LONGEST - 20)
+    logging.getLogger().info("%s", f"{rest}{secret}{'x' * 99}{secret}{rest}")
+    message = said.only()["message"]
+    assert set(message) == {"x", "\n", "…"}
+    assert len(message) > logs.LONGEST
