@@ -79,6 +79,11 @@ _REFUSALS = (
             "Database > Settings > SSL Configuration."
         ),
     ),
+    (
+        ("on socket",),
+        "no server on this machine answers at its socket",
+        "Start it, or give a host in PGSCRIBE_DATABASE_URL: postgresql://user:password@host/name.",
+    ),
 )
 
 
@@ -118,6 +123,13 @@ async def check_database(context: Context) -> Finding:
             "PGSCRIBE_DATABASE_URL is no URL of a database",
             "Give it as postgresql://user:password@host:5432/database; write special characters "
             "in the password as %XX.",
+        )
+    if not parameters:
+        return fail("PGSCRIBE_DATABASE_URL is empty", "Set it in the environment or in .env.")
+    if any("@" in str(parameters.get(part, ""))[1:] for part in ("host", "dbname")):
+        return fail(  # without the parts, which are some of the password
+            "PGSCRIBE_DATABASE_URL is not understood: its password has an @ or a / as it is",
+            "Write special characters in the password as %XX: @ as %40, / as %2F, : as %3A.",
         )
     hosts = str(parameters.get("host") or os.environ.get("PGHOST") or "").split(",")
     port = str(parameters.get("port") or os.environ.get("PGPORT") or "5432").split(",")[0]

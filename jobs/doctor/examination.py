@@ -1,6 +1,8 @@
 """Runs checks: those that do not need each other at the same time, each for so long at most."""
 
 import asyncio
+import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +15,13 @@ from pydantic import SecretStr
 
 from jobs import __version__
 from jobs.doctor.checks import Check, Context, Finding, Status, fail, skipped, worst
+from jobs.settings import Settings
 
 FORMAT = 1  # of the report as JSON; it changes when a field changes its meaning or goes
 SHORTEST_SECRET = 4  # characters; a shorter one is part of too many words
+# What is secret and is read by others than `Settings`: libpq, Modal's client, `pgscribe`'s client.
+VARIABLES = ("PGPASSWORD", "MODAL_TOKEN_SECRET", "PGSCRIBE_TOKEN")
+_USER_IN_URL = re.compile(r"(?<=://)[^\s/@]+(?=@)")  # of a proxy, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +113,32 @@ def _result(check: Check, finding: Finding, seconds: float, context: Context) ->
 
 def _secrets(context: Context) -> set[str]:
     """Return all that must not be shown, also as URLs write it."""
-    if context.loaded is None:
-        return set()
+    values = {os.environ.get(name, "") for name in VARIABLES}
+    if context.loaded is not None:
+        values |= _secret_settings(context.loaded)
+    values |= {unquote(value) for value in values}
+    return {value for value in values if len(value) >= SHORTEST_SECRET}
+
+
+def _secret_settings(settings: Settings) -> set[str]:
     values = {
         value.get_secret_value()
-        for value in dict(context.loaded).values()
+        for value in dict(settings).values()
         if isinstance(value, SecretStr)
     }
-    url = context.loaded.database_url.get_secret_value()
+    url = settings.database_url.get_secret_value()
     try:
         values.add(str(conninfo_to_dict(url).get("password") or ""))
         values.add(urlsplit(url).password or "")
     except Exception:  # noqa: BLE001, S110 - then it is no URL, and is hidden as a whole
         pass
-    values |= {unquote(value) for value in values}
-    return {value for value in values if len(value) >= SHORTEST_SECRET}
+    return values
 
 
 def _without(text: str, secrets: set[str]) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return text
+    return _USER_IN_URL.sub("***", text)
 
 
 def report(results: Sequence[Result]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ async def check_tokens(context: Context) -> Finding:
             elif settings.jwt_secret is None:
                 problems.append(
                     fail(
-                        f"{settings.signing_keys_url} has no key that can be used (ES256 on P-256, "
+                        f"{settings.signing_keys_url.partition('?')[0]} has no key that can be used (ES256 on P-256, "
                         "or RS256 of 2048 bits and more)",
                         "Make a signing key under Project Settings > JWT Keys, or set "
                         "PGSCRIBE_JWT_SECRET while the project signs with the legacy secret.",
@@ -76,6 +76,7 @@ async def _fetch_keys(url: str) -> dict[str, str]:
         "Correct PGSCRIBE_SUPABASE_URL, which is https://<ref>.supabase.co, or PGSCRIBE_JWKS_URL; "
         "see whether the project is paused."
     )
+    shown = url.partition("?")[0]  # there may be a key behind it
     try:
         async with httpx2.AsyncClient(timeout=HTTP_TIMEOUT) as client:
             answer = await client.get(url, headers={"Accept": "application/json"})
@@ -84,15 +85,15 @@ async def _fetch_keys(url: str) -> dict[str, str]:
         parts = httpx2.URL(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         await reach(parts.host, port, name="PGSCRIBE_SUPABASE_URL or PGSCRIBE_JWKS_URL")
-        raise Unreachable(fail(f"{url} gives no answer ({_in_short(exc)})", mend)) from exc
+        raise Unreachable(fail(f"{shown} gives no answer ({_in_short(exc)})", mend)) from exc
     if not answer.is_success:
-        raise Unreachable(fail(f"{url} answers HTTP {answer.status_code}", mend))
+        raise Unreachable(fail(f"{shown} answers HTTP {answer.status_code}", mend))
     if len(answer.content) > MAX_BYTES:
-        raise Unreachable(fail(f"{url} answers with more than {MAX_BYTES} bytes", mend))
+        raise Unreachable(fail(f"{shown} answers with more than {MAX_BYTES} bytes", mend))
     try:
         keys = usable_keys(json.loads(answer.content))
     except (ValueError, RecursionError) as exc:
-        raise Unreachable(fail(f"{url} gives no JWK set ({_in_short(exc)})", mend)) from exc
+        raise Unreachable(fail(f"{shown} gives no JWK set ({_in_short(exc)})", mend)) from exc
     return {key_id: key.algorithm_name for key_id, key in keys.items()}
 
 

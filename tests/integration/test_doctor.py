@@ -248,6 +248,12 @@ def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database:
         with_parts(database, host="db.nowhere.invalid")
     )[0]  # fmt: skip
     assert "no URL of a database" in seen("postgresql://postgres:pass word@/x?y")[0]
+    assert "URL is empty" in seen("")[0]
+    assert "at its socket" in seen("postgresql:///x?host=/nowhere")[0]
+    for password in ("hun@ter2hunter2", "5432/hunter2", "hun/ter2@hunter2"):
+        shown = seen(f"postgresql://postgres:{password}@127.0.0.1:1/postgres")
+        assert "@ as %40" in shown[1]
+        assert "ter2" not in "".join(shown)
     assert "no encrypted connection" in seen(with_parts(database, sslmode="require"))[0]
 
 
@@ -466,6 +472,9 @@ def test_keys_that_cannot_be_had_are_named(doctor: Doctor) -> None:
         assert f"{key.id} (ES256); issuer {server.url}/auth/v1" in found["seen"]
         assert server.keys[1].id not in found["seen"]
         server.status = 404
+        found = doctor(*only, JWKS_URL=f"{server.url}/keys?apikey={key.id}")["tokens"]
+        assert f"{server.url}/keys answers HTTP 404" in found["seen"]
+        assert "apikey" not in found["seen"]
         assert "PGSCRIBE_SUPABASE_URL" in problem(doctor(*only, **project), "tokens", "HTTP 404")
         server.status, server.body = 200, b"<html>"
         problem(doctor(*only, **project), "tokens", "gives no JWK set")
@@ -640,6 +649,8 @@ def age(conn: psycopg.Connection) -> None:
 def test_a_web_server_that_is_not_there_is_named(doctor: Doctor) -> None:
     only = ("--only", "web")
     problem(doctor(*only, URL=f"http://127.0.0.1:{free_port()}"), "web", "does not answer")
+    found = doctor(*only, URL=f"http://somebody:hunter2@127.0.0.1:{free_port()}")["web"]
+    assert found["seen"].startswith("http://***@127.0.0.1:")
     with jwks_server.serve() as server:
         assert doctor(*only, URL=server.url)["web"]["status"] == "ok"
         server.status = 503
