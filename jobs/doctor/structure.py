@@ -44,7 +44,7 @@ async def check_migrations(context: Context) -> Finding:
 
 
 def _checksum(migration: migrate.Migration) -> str:
-    return hashlib.md5(migration.sql.encode(), usedforsecurity=False).hexdigest()
+    return hashlib.md5(migration.sql.rstrip("; \r\n").encode(), usedforsecurity=False).hexdigest()
 
 
 def _ledger_problems(

@@ -26,7 +26,8 @@ select to_regclass('supabase_migrations.schema_migrations') is not null as there
 
 -- ledger --
 -- Other migrations of the project are in it, too: of those that we do not know, only what names pgscribe's schema counts.
-select version, coalesce(name, '') as name, case when cardinality(statements) = 1 then md5(statements[1]) end as checksum,
+-- `supabase db push` records a migration in its single statements, and each without the semicolon at its end.
+select version, coalesce(name, '') as name, case when cardinality(statements) = 1 then md5(rtrim(statements[1], E'; \r\n')) end as checksum,
        version = any (%(known)s) as known
   from supabase_migrations.schema_migrations
  where version = any (%(known)s) or array_to_string(statements, ' ') like '%%pgscribe.%%'
