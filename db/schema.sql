@@ -1,5 +1,5 @@
 -- What the migrations have made, as lines to compare: tables' row level security, policies, triggers, indexes,
--- functions, and what the API roles may do. Nothing in it depends on the version of Postgres.
+-- functions, views, and what the API roles may do. Nothing in it depends on the version of Postgres.
 
 -- names_in_full --
 select set_config('search_path', 'pg_catalog', true)
@@ -11,7 +11,7 @@ roles as (
   select 0::oid as oid, 'public' as name
   union all select oid, rolname from pg_roles where rolname in ('anon', 'authenticated', 'service_role')),
 relations as (
-  select c.oid, s.nspname || '.' || c.relname as name, s.nspname, c.relname, c.relkind, c.relrowsecurity, c.relacl, c.relowner
+  select c.oid, s.nspname || '.' || c.relname as name, s.nspname, c.relname, c.relkind, c.relrowsecurity, c.relacl, c.relowner, c.reloptions
     from pg_class c join spaces s on s.oid = c.relnamespace where c.relkind in ('r', 'p', 'v', 'm')),
 functions as (
   select p.oid, format('%s.%s(%s)', s.nspname, p.proname, oidvectortypes(p.proargtypes)) as name, s.nspname, p.proname, p.prosrc, p.prosecdef, p.proconfig, p.proacl, p.proowner
@@ -32,7 +32,13 @@ grants as (
 select 'rls' as kind, r.name as object, case when r.relrowsecurity then 'on' else 'off' end as detail
   from relations r where r.relkind in ('r', 'p')
 union all
-select 'policy', r.name, format('%s: %s for %s to %s', p.policyname, lower(p.permissive), lower(p.cmd), array_to_string(p.roles, ', '))
+select 'view', r.name, case when o.option_value::boolean then 'of its invoker' else 'of its owner' end
+  from relations r left join lateral pg_options_to_table(r.reloptions) o on o.option_name = 'security_invoker'
+ where r.relkind = 'v' and r.nspname <> 'procrastinate'
+union all
+select 'policy', r.name,
+       format('%s: %s for %s to %s by %s', p.policyname, lower(p.permissive), lower(p.cmd), array_to_string(p.roles, ', '),
+              md5(concat(p.qual, ' with check ', p.with_check)))
   from relations r join pg_policies p on p.schemaname = r.nspname and p.tablename = r.relname
 union all
 select 'trigger', r.name, format('%s: %s', t.tgname, case t.tgenabled when 'D' then 'disabled' when 'R' then 'disabled' else 'enabled' end)
@@ -43,7 +49,7 @@ select 'index', r.name, format('%s: %s', c.relname, case when i.indisvalid then 
  where r.nspname <> 'procrastinate' or c.relname like 'pgscribe%'
 union all
 select 'function', f.name,
-       concat_ws(' ', md5(f.prosrc), case when f.prosecdef then 'definer' else 'invoker' end)
+       concat_ws(' ', md5(concat_ws(' ', f.prosrc, f.proconfig)), case when f.prosecdef then 'definer' else 'invoker' end)
   from functions f where f.nspname <> 'procrastinate' or f.proname like 'pgscribe%'
 union all
 select 'realtime', r.name, 'published'

@@ -116,21 +116,9 @@ async def one(conn: Connection, query: bytes, **values: object) -> Row:
 
 async def check_database(context: Context) -> Finding:
     """Reach the server step by step; each step that may fail has its own sentence."""
-    try:
-        parameters = conninfo_to_dict(context.settings.database_url.get_secret_value())
-    except psycopg.Error:
-        return fail(
-            "PGSCRIBE_DATABASE_URL is no URL of a database",
-            "Give it as postgresql://user:password@host:5432/database; write special characters "
-            "in the password as %XX.",
-        )
-    if not parameters:
-        return fail("PGSCRIBE_DATABASE_URL is empty", "Set it in the environment or in .env.")
-    if any("@" in str(parameters.get(part, ""))[1:] for part in ("host", "dbname")):
-        return fail(  # without the parts, which are some of the password
-            "PGSCRIBE_DATABASE_URL is not understood: its password has an @ or a / as it is",
-            "Write special characters in the password as %XX: @ as %40, / as %2F, : as %3A.",
-        )
+    parameters = _parameters(context.settings.database_url.get_secret_value())
+    if isinstance(parameters, Finding):
+        return parameters
     hosts = str(parameters.get("host") or os.environ.get("PGHOST") or "").split(",")
     port = str(parameters.get("port") or os.environ.get("PGPORT") or "5432").split(",")[0]
     if len(hosts) == 1 and hosts[0] and not hosts[0].startswith("/") and port.isdigit():
@@ -154,6 +142,25 @@ async def check_database(context: Context) -> Finding:
             "this server is a read-only standby", "Point PGSCRIBE_DATABASE_URL at the primary."
         )
     return ok(f"Postgres {server['version']}, database {server['name']}, as {server['role']}")
+
+
+def _parameters(url: str) -> dict[str, Any] | Finding:
+    if not url.strip():
+        return fail("PGSCRIBE_DATABASE_URL is empty", "Set it in the environment or in .env.")
+    try:
+        parameters: dict[str, Any] = conninfo_to_dict(url)
+    except psycopg.Error:
+        return fail(
+            "PGSCRIBE_DATABASE_URL is no URL of a database",
+            "Give it as postgresql://user:password@host:5432/database; write special characters "
+            "in the password as %XX.",
+        )
+    if any("@" in str(parameters.get(part, ""))[1:] for part in ("host", "dbname")):
+        return fail(  # with nothing of these parts, which are some of the password
+            "PGSCRIBE_DATABASE_URL is not understood: its password has an @ or a / as it is",
+            "Write special characters in the password as %XX: @ as %40, / as %2F, : as %3A.",
+        )
+    return parameters
 
 
 def _refusal(message: str) -> Finding:

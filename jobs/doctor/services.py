@@ -42,8 +42,8 @@ async def check_tokens(context: Context) -> Finding:
             elif settings.jwt_secret is None:
                 problems.append(
                     fail(
-                        f"{settings.signing_keys_url.partition('?')[0]} has no key that can be used (ES256 on P-256, "
-                        "or RS256 of 2048 bits and more)",
+                        f"{_without_query(settings.signing_keys_url)} has no key that can be used "
+                        "(ES256 on P-256, or RS256 of 2048 bits and more)",
                         "Make a signing key under Project Settings > JWT Keys, or set "
                         "PGSCRIBE_JWT_SECRET while the project signs with the legacy secret.",
                     )
@@ -76,7 +76,7 @@ async def _fetch_keys(url: str) -> dict[str, str]:
         "Correct PGSCRIBE_SUPABASE_URL, which is https://<ref>.supabase.co, or PGSCRIBE_JWKS_URL; "
         "see whether the project is paused."
     )
-    shown = url.partition("?")[0]  # there may be a key behind it
+    shown = _without_query(url)
     try:
         async with httpx2.AsyncClient(timeout=HTTP_TIMEOUT) as client:
             answer = await client.get(url, headers={"Accept": "application/json"})
@@ -95,6 +95,11 @@ async def _fetch_keys(url: str) -> dict[str, str]:
     except (ValueError, RecursionError) as exc:
         raise Unreachable(fail(f"{shown} gives no JWK set ({_in_short(exc)})", mend)) from exc
     return {key_id: key.algorithm_name for key_id, key in keys.items()}
+
+
+def _without_query(url: str) -> str:
+    """Return what of a URL may be shown: there may be a key in its query."""
+    return url.partition("?")[0]
 
 
 async def check_storage(context: Context) -> Finding:

@@ -13,6 +13,8 @@ from jobs.sql import DOCTOR
 
 MOST_NAMED = 5  # things that are named in one sentence
 
+Lines = dict[str, list[schema.Line]]  # by kind
+
 
 async def check_migrations(context: Context) -> Finding:
     """Compare the ledger with what this version of pgscribe brings."""
@@ -117,21 +119,7 @@ def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator
             + _each(gone["trigger"], "alter table {} enable trigger {name}")
             + " Where one is gone, run its `create trigger` of db/migrations again.",
         )
-    widened = [line for line in new["grant"] if not line.detail.startswith("service_role")]
-    if widened or new["policy"]:
-        yield fail(
-            "more is allowed than was: "
-            + _some(f"{line.object} {line.detail}" for line in [*widened, *new["policy"]]),
-            "Unless you meant it, take it back: "
-            + " ".join([*map(_revoke, widened), *map(_drop_policy, new["policy"])]),
-        )
-    withdrawn = gone["grant"] + gone["policy"]
-    if withdrawn:
-        yield fail(
-            "less is allowed than was: "
-            + _some(f"{line.object} {line.detail}" for line in withdrawn),
-            "Grant it again, as db/migrations does; clients get 42501 or see nothing.",
-        )
+    yield from _rights(new, gone)
     if gone["index"]:
         yield warn(
             "indexes are invalid or gone: " + _some(_name(line) for line in gone["index"]),
@@ -151,11 +139,56 @@ def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator
         )
 
 
-def _by_kind(lines: Iterable[schema.Line]) -> dict[str, list[schema.Line]]:
-    kinds: dict[str, list[schema.Line]] = defaultdict(list)
+def _rights(new: Lines, gone: Lines) -> Iterator[Finding]:
+    """Say what users may do that they might not, and the other way round."""
+    names = [{(line.object, _name(line)) for line in kind["policy"]} for kind in (new, gone)]
+    changed = names[0] & names[1]
+    added, withdrawn = (
+        [line for line in kind["policy"] if (line.object, _name(line)) not in changed]
+        for kind in (new, gone)
+    )
+    if changed:
+        yield fail(
+            "policies are not as the migrations made them: "
+            + _some(f"{name} on {table}" for table, name in sorted(changed)),
+            "Somebody has changed them: drop each one, and run its `create policy` of "
+            "db/migrations again.",
+        )
+    if gone["view"]:
+        yield fail(
+            f"views are gone, or show others' rows: {_objects(gone['view'])}",
+            _each(gone["view"], "alter view {} set (security_invoker = true)")
+            + " Where one is gone, run its `create view` of db/migrations again.",
+        )
+    widened = [line for line in new["grant"] if not line.detail.startswith("service_role")]
+    allowing = [line for line in added if ": permissive " in line.detail]
+    if widened or allowing:
+        yield fail(
+            f"more is allowed than was: {_some(map(_right, [*widened, *allowing]))}",
+            "Unless you meant it, take it back: "
+            + " ".join([*map(_revoke, widened), *map(_drop_policy, allowing)]),
+        )
+    if restricting := [line for line in added if line not in allowing]:
+        yield warn(
+            f"policies restrict what users see: {_some(map(_right, restricting))}",
+            "Unless you meant it, take it back: " + " ".join(map(_drop_policy, restricting)),
+        )
+    if withdrawn := gone["grant"] + withdrawn:
+        yield fail(
+            f"less is allowed than was: {_some(map(_right, withdrawn))}",
+            "Grant it again, as db/migrations does; clients get 42501 or see nothing.",
+        )
+
+
+def _by_kind(lines: Iterable[schema.Line]) -> Lines:
+    kinds: Lines = defaultdict(list)
     for line in sorted(lines):
         kinds[line.kind].append(line)
     return kinds
+
+
+def _right(line: schema.Line) -> str:
+    return f"{line.object} {line.detail.partition(' by ')[0]}"
 
 
 def _objects(lines: list[schema.Line]) -> str:

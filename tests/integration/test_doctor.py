@@ -357,9 +357,27 @@ CHANGES = {
         "less is allowed than was: public.cancel_processing_job(uuid) authenticated: execute",
         "Grant it again",
     ),
+    'alter policy "Owners see their jobs" on processing_jobs using (true)': (
+        "policies are not as the migrations made them: Owners see their jobs on public.processing_",
+        "run its `create policy` of db/migrations again",
+    ),
+    "create policy short on processing_jobs as restrictive using (audio_seconds > 1)": (
+        "policies restrict what users see: public.processing_jobs short: restrictive for all",
+        'drop policy "short" on public.processing_jobs;',
+    ),
+    "create or replace view queue_health as select * from pgscribe.queue_health();"
+    "alter view queue_health reset (security_invoker)": (
+        "views are gone, or show others' rows: public.queue_health",
+        "alter view public.queue_health set (security_invoker = true);",
+    ),
+    "alter view job_inspection set (security_invoker = on)": None,
+    "alter function pgscribe.count_usage(uuid[]) reset search_path": (
+        "pgscribe.count_usage(uuid[])",
+        "create or replace",
+    ),
     "create or replace function pgscribe.is_operator() returns boolean language sql stable"
     " security definer set search_path = pg_catalog, pg_temp as 'select true'": (
-        "functions are not as the migrations made them: pgscribe.is_operator()",
+        "functions are not as the migrations made them: pgscribe.count_usage(uuid[]), pgscribe.is_",
         "create or replace",
     ),
     "alter publication supabase_realtime drop table processing_jobs": (
@@ -391,6 +409,8 @@ def test_what_somebody_has_changed_in_the_dashboard_is_named(
         assert mend in found["mend"]
     assert "mine" not in found["seen"]
     assert "api_keys" not in found["seen"]
+    assert "job_inspection" not in found["seen"]
+    assert 'drop policy "Owners' not in found["mend"], "a policy of ours is not to be dropped"
     repairs = [part for part in found["mend"].split(";") if "alter table" in part or " on " in part]
     assert len(repairs) >= 5
 

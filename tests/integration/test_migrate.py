@@ -1,5 +1,6 @@
 """Migrations: forward only, each in a transaction, one at a time, shared with the Supabase CLI."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from procrastinate import schema
 from db import migrate, named_queries
 from db.embedded import EmbeddedPostgres
 from jobs.cli import main
+from jobs.doctor.checks import Context
+from jobs.doctor.structure import check_migrations, check_schema
+from jobs.settings import Settings
 from tests.streams import until
 
 SUPABASE = shutil.which("supabase")
@@ -219,6 +223,9 @@ def test_supabase_db_push_and_pgscribe_migrate_are_interchangeable(
     assert missing_by_supabase(supabase) == set()
     done = f"0 of {len(known)} migrations are missing"
     assert missing_by_pgscribe(empty) == (0, set(), done)
+    context = Context(Settings.load(database_url=empty))
+    found = [asyncio.run(check(context)) for check in (check_migrations, check_schema)]
+    assert [finding.status for finding in found] == ["ok", "ok"], found
 
 
 @needs_supabase
