@@ -156,12 +156,12 @@ def _apply(conn: psycopg.Connection, migration: Migration) -> bool:
         conn.execute(_QUERIES["be_brief"])
         try:
             conn.execute(migration.sql.encode())
+            conn.execute(
+                _QUERIES["record"],
+                {"version": migration.version, "name": migration.name, "sql": migration.sql},
+            )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as exc:
             raise _InTheWay from exc
-        conn.execute(
-            _QUERIES["record"],
-            {"version": migration.version, "name": migration.name, "sql": migration.sql},
-        )
     return True
 
 

@@ -16,8 +16,9 @@ select set_config('lock_timeout', %(milliseconds)s::text, true), pg_advisory_xac
 
 -- be_brief --
 -- Whoever comes after somebody that waits for a table's lock waits, too: the whole queue would stand still behind a
--- migration that waits for one long transaction. Workers give a statement 4 s for its locks.
-select set_config('lock_timeout', '1s', true)
+-- migration that waits for one long transaction. Workers give a statement 4 s for its locks. The work itself may take as long as it
+-- does: hosted Supabase would end a migration after two minutes, and the next attempt at the same point.
+select set_config('lock_timeout', '1s', true), set_config('statement_timeout', '0', true)
 
 -- holders --
 -- Transactions that are older than this one waited, and hold locks that a migration may need.

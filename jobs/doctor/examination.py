@@ -88,6 +88,11 @@ async def _run(
 
 def _unforeseen(problem: BaseException) -> Finding:
     text = " ".join(str(problem).split()) or "no message"
+    if isinstance(problem, psycopg.errors.InsufficientPrivilege):
+        return fail(
+            f"the database's role may not do what pgscribe does: {text}",
+            "Connect as `postgres` in PGSCRIBE_DATABASE_URL.",
+        )
     if isinstance(problem, psycopg.OperationalError):
         return fail(
             f"the database broke off or did not answer: {text}",

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from uuid import UUID
@@ -92,6 +93,24 @@ def test_a_migration_that_waits_for_too_long_says_for_whom(
         with pytest.raises(migrate.MigrationBlocked, match="Another `pgscribe migrate`"):
             migrate.migrate(db.url)
     assert migrate.migrate(db.url) == 1
+
+
+@pytest.mark.usefixtures("one_more")
+def test_a_migration_waits_for_the_ledger_too_and_its_work_may_take_long(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "PAUSES", (0.0,))
+    said: list[str] = []
+    with psycopg.connect(db.url) as conn:
+        conn.execute("lock table supabase_migrations.schema_migrations in share mode")
+        with pytest.raises(migrate.MigrationBlocked):
+            migrate.migrate(db.url, on_blocked=said.append)
+    assert len(said) == 1
+    slow = replace(NEXT, sql="select pg_sleep(1.2);")
+    known = [one for one in migrate.migrations() if one != NEXT]
+    monkeypatch.setattr(migrate, "migrations", lambda: [*known, slow])
+    limited = psycopg.conninfo.make_conninfo(db.url, options="-c statement_timeout=1s")
+    assert migrate.migrate(limited) == 1
 
 
 @pytest.fixture(scope="module")

@@ -275,11 +275,12 @@ def test_a_role_that_may_too_little_is_named(
         conn.execute("create role somebody login password 'else-where'")
         try:
             url = with_parts(database, user="somebody", password="else-where")
-            report = doctor("--only", "role", DATABASE_URL=url)
+            report = doctor("--only", "role,migrations", DATABASE_URL=url)
         finally:
             conn.execute("drop role somebody")
     problem(report, "role", "may not act as authenticated or service_role")
     assert "under row level security" in report["role"]["seen"]
+    assert "Connect as `postgres`" in problem(report, "migrations", "role may not do what pgscribe")
 
 
 def test_limits_of_the_server_are_compared_with_what_we_take(
