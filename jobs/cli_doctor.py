@@ -59,7 +59,7 @@ def doctor(*, as_json: bool, strict: bool, only: set[str], skip: set[str]) -> No
 
     results = asyncio.run(examination.examine(checks, Context(), show))
     if as_json:
-        click.echo(json.dumps(examination.report(results), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(examination.report(results), indent=2))
     else:
         click.echo(_summary(results))
     sys.exit(0 if examination.succeeded(results, strict=strict) else 1)

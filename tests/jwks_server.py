@@ -79,7 +79,8 @@ def serve() -> Iterator[JwksServer]:
             state.gate.wait()
             try:
                 body = state.document()
-                self.send_response(state.status)
+                own_date = "Date" in state.headers
+                (self.send_response_only if own_date else self.send_response)(state.status)
                 for name, value in state.headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))

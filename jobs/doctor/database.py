@@ -342,7 +342,9 @@ async def _date(url: str) -> float | None:
     try:
         async with httpx2.AsyncClient(timeout=5.0) as client:
             answer = await client.get(url)
-        said = parsedate_to_datetime(answer.headers["date"]).timestamp()
+        ahead = parsedate_to_datetime(answer.headers["date"]).timestamp() + 0.5 - time.time()
+        age = float(answer.headers.get("age", 0))
     except (httpx2.HTTPError, KeyError, ValueError, TypeError):
         return None
-    return said + 0.5 - time.time()
+    # Caches say the time either of then or of now.
+    return ahead if ahead > 0 else min(0.0, ahead + age)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -481,6 +482,20 @@ def test_a_clock_that_is_wrong_is_noticed(
     problem(doctor("--only", "clock"), "clock", f"10.0 s {way}", "warn")
 
 
+def test_the_time_of_a_cached_answer_is_of_then_or_of_now(doctor: Doctor) -> None:
+    with jwks_server.serve() as server:
+
+        def seen(age: int, **headers: str) -> tuple[str, str]:
+            date = formatdate(time.time() - age, usegmt=True)
+            server.headers = {"Date": date, **headers}
+            found = doctor("--only", "clock", JWKS_URL=server.url)["clock"]
+            return found["status"], found["seen"]
+
+        assert seen(0)[0] == seen(500, Age="500")[0] == seen(0, Age="500")[0] == "ok"
+        assert seen(500)[0] == seen(500, Age="100")[0] == seen(-500, Age="500")[0] == "fail"
+        assert "ahead of 127.0.0.1's" in seen(500)[1]
+
+
 # What is elsewhere --------------------------------------------------------------------------------
 
 
@@ -582,7 +597,8 @@ def test_folders_that_are_no_folders_and_disks_that_are_too_small_are_named(
     (tmp_path / "file").touch()
     report = doctor(
         "--only", "storage,scratch",
-        STORAGE_DIR=str(tmp_path / "file"), MAX_AUDIO_SECONDS="86400", WORKER_CONCURRENCY="1000000",
+        STORAGE_DIR=str(tmp_path / "file" / os.fsdecode(b"\xff")),
+        MAX_AUDIO_SECONDS="86400", WORKER_CONCURRENCY="1000000",
     )  # fmt: skip
     problem(report, "storage", "cannot be written to")
     problem(report, "scratch", "are advised", "warn")
