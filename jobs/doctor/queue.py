@@ -101,7 +101,7 @@ async def check_webhooks(context: Context) -> Finding:
             )
         )
     return together(
-        problems, ok(f"{webhooks['endpoints']} endpoints, {webhooks['ready']} deliveries wait")
+        problems, ok(f"{webhooks['endpoints']} endpoints, {_count(webhooks['ready'])} deliveries wait")
     )
 
 
