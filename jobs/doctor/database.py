@@ -54,6 +54,14 @@ _REFUSALS = (
         "Allow this machine's address (Supabase: Database > Settings > Network Restrictions).",
     ),
     (
+        ("SSL", "certificate", "TLS"),
+        "no encrypted connection comes about",
+        (
+            "See sslmode and sslrootcert in PGSCRIBE_DATABASE_URL; Supabase's certificate is under "
+            "Database > Settings > SSL Configuration."
+        ),
+    ),
+    (
         ("does not exist",),
         "the server is there, but not this database or role",
         (
@@ -72,16 +80,8 @@ _REFUSALS = (
         "Wait some seconds and run this again.",
     ),
     (
-        ("SSL", "certificate", "TLS"),
-        "no encrypted connection comes about",
-        (
-            "See sslmode and sslrootcert in PGSCRIBE_DATABASE_URL; Supabase's certificate is under "
-            "Database > Settings > SSL Configuration."
-        ),
-    ),
-    (
-        ("on socket",),
-        "no server on this machine answers at its socket",
+        ("No such file or directory", "Connection refused"),
+        "no server listens there",
         "Start it, or give a host in PGSCRIBE_DATABASE_URL: postgresql://user:password@host/name.",
     ),
 )

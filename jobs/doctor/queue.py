@@ -1,10 +1,13 @@
 """What goes on right now: workers, the queue, webhooks, the web server."""
 
+from urllib.parse import urlsplit
+
 import httpx2
 
 from jobs import __version__
 from jobs.doctor.checks import Context, Finding, fail, ok, skipped, together, warn
 from jobs.doctor.database import Row, connected, one
+from jobs.doctor.network import is_near
 from jobs.settings import ServerAddress
 from jobs.sql import DOCTOR
 
@@ -101,7 +104,8 @@ async def check_webhooks(context: Context) -> Finding:
             )
         )
     return together(
-        problems, ok(f"{webhooks['endpoints']} endpoints, {_count(webhooks['ready'])} deliveries wait")
+        problems,
+        ok(f"{webhooks['endpoints']} endpoints, {_count(webhooks['ready'])} deliveries wait"),
     )
 
 
@@ -111,7 +115,8 @@ async def check_web(context: Context) -> Finding:
     address = ServerAddress.load()
     url = address.url.rstrip("/")
     try:
-        async with httpx2.AsyncClient(timeout=5.0) as client:
+        near = is_near(urlsplit(url).hostname or "")  # no proxy is asked for what is here
+        async with httpx2.AsyncClient(timeout=5.0, trust_env=not near) as client:
             answer = await client.get(f"{url}/readyz")
             if answer.status_code == httpx2.codes.NOT_FOUND:  # of a version before it
                 answer = await client.get(f"{url}/healthz")
@@ -124,6 +129,8 @@ async def check_web(context: Context) -> Finding:
         )
     if answer.is_success:
         return ok(f"{url} is ready")
+    if answer.status_code == httpx2.codes.NOT_FOUND and "url" not in address.model_fields_set:
+        return skipped("PGSCRIBE_URL is not set, and something else answers at its default")
     return fail(
         f"{url} answers HTTP {answer.status_code}",
         "Its log says why; 503 means that it cannot reach what it needs, 502 and 504 that a proxy "

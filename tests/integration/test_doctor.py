@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,14 @@ from db import migrate, schema
 from db.embedded import EmbeddedPostgres
 from jobs.cli import main
 from jobs.doctor import database as doctor_database
-from jobs.doctor import services
+from jobs.doctor import queue, services
 from jobs.doctor.all import CHECKS
 from jobs.doctor.checks import Check, Context, Finding, fail, ok, together, warn
 from jobs.doctor.database import check_database
 from jobs.doctor.environment import known_variables
 from jobs.doctor.examination import examine
 from jobs.doctor.network import is_near
-from jobs.settings import Settings
+from jobs.settings import ServerAddress, Settings
 from jobs.sql import DOCTOR
 from tests import jwks_server
 from tests.faults.proxy import Proxy
@@ -250,12 +252,34 @@ def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database:
     )[0]  # fmt: skip
     assert "no URL of a database" in seen("postgresql://postgres:pass word@/x?y")[0]
     assert "URL is empty" in seen("")[0]
-    assert "at its socket" in seen("postgresql:///x?host=/nowhere")[0]
+    assert "no server listens there" in seen("postgresql:///x?host=/nowhere")[0]
     for password in ("hun@ter2hunter2", "5432/hunter2", "hun/ter2@hunter2"):
         shown = seen(f"postgresql://postgres:{password}@127.0.0.1:1/postgres")
         assert "@ as %40" in shown[1]
         assert "ter2" not in "".join(shown)
     assert "no encrypted connection" in seen(with_parts(database, sslmode="require"))[0]
+    with agreeing_to_tls() as port:
+        url = with_parts(database, port=port, sslmode="verify-full", sslrootcert="/nowhere")
+        assert "sslrootcert" in seen(url)[1]
+
+
+@contextmanager
+def agreeing_to_tls() -> Iterator[int]:
+    """Yield the port of a server that says yes to each client that asks for TLS."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                if self.request.recv(8):
+                    self.request.sendall(b"S")
+                    self.request.recv(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -685,7 +709,9 @@ def age(conn: psycopg.Connection) -> None:
         )
 
 
-def test_a_web_server_that_is_not_there_is_named(doctor: Doctor) -> None:
+def test_a_web_server_that_is_not_there_is_named(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     only = ("--only", "web")
     problem(doctor(*only, URL=f"http://127.0.0.1:{free_port()}"), "web", "does not answer")
     found = doctor(*only, URL=f"http://somebody:hunter2@127.0.0.1:{free_port()}")["web"]
@@ -696,6 +722,18 @@ def test_a_web_server_that_is_not_there_is_named(doctor: Doctor) -> None:
         assert "cannot reach what it needs" in problem(
             doctor(*only, URL=server.url), "web", "answers HTTP 503"
         )
+        server.status = 404
+        problem(doctor(*only, URL=server.url), "web", "answers HTTP 404")
+
+        class Elsewhere(ServerAddress):
+            url: str = server.url
+
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "ServerAddress", Elsewhere)
+            assert "something else answers" in doctor(*only)["web"]["seen"]
+        server.status = 200
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+        assert doctor(*only, URL=server.url)["web"]["status"] == "ok"
 
 
 def test_problems_are_told_together_the_worst_first() -> None:
