@@ -1,4 +1,4 @@
--- What the migrations have made, as lines to compare: tables' row level security, policies, triggers, indexes,
+-- What the migrations have made, as lines to compare: tables' row level security, policies, triggers, constraints, indexes,
 -- functions, views, and what the API roles may do. Nothing in it depends on the version of Postgres.
 
 -- names_in_full --
@@ -47,6 +47,10 @@ union all
 select 'index', r.name, format('%s: %s', c.relname, case when i.indisvalid then 'valid' else 'invalid' end)
   from relations r join pg_index i on i.indrelid = r.oid join pg_class c on c.oid = i.indexrelid
  where r.nspname <> 'procrastinate' or c.relname like 'pgscribe%'
+union all
+select 'constraint', r.name, format('%s: %s', c.conname, case when c.convalidated then 'valid' else 'not valid' end)
+  from relations r join pg_constraint c on c.conrelid = r.oid
+ where c.contype in ('c', 'f', 'x') and r.nspname <> 'procrastinate'
 union all
 select 'function', f.name,
        concat_ws(' ', md5(concat_ws(' ', f.prosrc, f.proconfig)), case when f.prosecdef then 'definer' else 'invoker' end)

@@ -120,6 +120,13 @@ def _differences(missing: set[schema.Line], extra: set[schema.Line]) -> Iterator
             "Queries get slow without them. An invalid one: reindex index concurrently <name>; "
             "one that is gone: its `create index` of db/migrations.",
         )
+    if gone["constraint"]:
+        yield fail(
+            "constraints are gone or not valid: "
+            + _some(f"{_name(line)} on {line.object}" for line in gone["constraint"]),
+            _each(gone["constraint"], "alter table {} validate constraint {name}")
+            + " Where one is gone, add it again as db/migrations does.",
+        )
     if gone["realtime"]:
         yield warn(
             f"Supabase Realtime says nothing of changes to {_objects(gone['realtime'])}",

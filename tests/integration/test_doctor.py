@@ -396,6 +396,10 @@ CHANGES = {
         "views are gone, or show others' rows: public.queue_health",
         "alter view public.queue_health set (security_invoker = true);",
     ),
+    "alter table webhook_attempts drop constraint webhook_attempts_delivery_id_fkey": (
+        "constraints are gone or not valid: webhook_attempts_delivery_id_fkey on public.webhook_at",
+        "add it again as db/migrations does",
+    ),
     "alter view job_inspection set (security_invoker = on)": None,
     "alter function pgscribe.count_usage(uuid[]) reset search_path": (
         "pgscribe.count_usage(uuid[])",
