@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from ipaddress import ip_network
@@ -34,6 +35,7 @@ EXAMPLE_SECRETS = frozenset(
         "your-super-secret-jwt-token-with-at-least-32-characters-long",
     ]
 )
+_NO_NAME = re.compile(r"\W")
 HERE = frozenset(["localhost", "127.0.0.1", "::1"])
 
 
@@ -65,6 +67,10 @@ async def check_settings(context: Context) -> Finding:
 def _unknown_variables() -> Iterator[Finding]:
     known = known_variables()
     for name in sorted({*os.environ, *dotenv("")} - known):
+        begins, *more = _NO_NAME.split(name, maxsplit=1)
+        if more and begins.startswith(PREFIX):  # what follows may be a secret
+            yield warn(f"a line that begins with {begins} is not read", "Write it NAME=value.")
+            continue
         similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
         if name.startswith(PREFIX) or (similar and name.startswith("P")):
             meant = f"Did you mean {similar[0]} by {name}?" if similar else f"Remove {name}."

@@ -225,6 +225,16 @@ def test_a_misspelt_prefix_is_noticed(doctor: Doctor, monkeypatch: pytest.Monkey
     assert "PGSCRIBE_STORAGE_DIR" in problem(report, "settings", "PGSCRIPE_STORAGE_DIR", "warn")
 
 
+def test_what_a_line_without_an_equals_sign_holds_is_not_shown(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(f"PGSCRIBE_JWT_SECRET:{SECRET[:-2]}==\nPGSCRIBE_TOKEN\n")
+    report = doctor("--only", "settings")
+    mend = problem(report, "settings", "begins with PGSCRIBE_JWT_SECRET is not read", "warn")
+    assert "NAME=value" in mend
+    assert SECRET[:-2].upper() not in report["settings"]["seen"]
+
+
 def test_every_setting_is_known() -> None:
     assert {"PGSCRIBE_DATABASE_URL", "PGSCRIBE_TOKEN", "PGSCRIBE_MODAL_GPU"} <= known_variables()
 
