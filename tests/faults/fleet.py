@@ -69,7 +69,12 @@ class Database:
                 break
             with contextlib.suppress(psycopg.OperationalError):
                 return self._rows(conn, statement, parameters)
-        conn = psycopg.connect(self.url, autocommit=True, row_factory=dict_row)
+        conn = psycopg.connect(
+            self.url,
+            autocommit=True,
+            row_factory=dict_row,
+            prepare_threshold=None,  # a prepared `select *` fails when a migration adds a column
+        )
         return self._rows(conn, statement, parameters)
 
     def _rows(
