@@ -48,7 +48,10 @@ def new_registry() -> CollectorRegistry:
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """Return what is in a registry, in a form that an ``Accept`` header takes, and its type."""
-    encode, media_type = choose_encoder(accept)
+    try:
+        encode, media_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # it asks for a version that is none
+        encode, media_type = choose_encoder("")
     return encode(registry), media_type
 
 
