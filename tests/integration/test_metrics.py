@@ -330,6 +330,11 @@ def test_both_forms_say_the_same(site: Site, part: str) -> None:
         assert family.type != "unknown", family.name
 
 
+def test_an_odd_wish_for_a_form_gets_the_plain_one(site: Site) -> None:
+    for accept in ("application/openmetrics-text; version=x", "text/plain;version=1.x.0", ";=,;"):
+        assert site.text_of("worker", accept).startswith("# HELP")
+
+
 @needs_promtool
 @pytest.mark.parametrize("part", ["web", "worker"])
 def test_promtool_finds_nothing_wrong(site: Site, part: str) -> None:
@@ -497,7 +502,8 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
     monkeypatch.setattr(metrics, "PATIENCE", 0.5)
     monkeypatch.setattr("web.routes.health.PATIENCE", 0.5)
     monkeypatch.setattr("web.routes.health.FRESH", 0.0)
-    with serve(create_app(settings)) as web:
+    app = create_app(settings)
+    with serve(app) as web:
 
         def is_up() -> float:
             return samples(read(web, headers[0]).text)["pgscribe_database_up", ()]
@@ -509,7 +515,10 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
         assert read(web, headers[2]).status_code == HTTPStatus.UNAUTHORIZED
 
         with cut_off(postgres, database, conn):
+            remembered = app.state.scrapes._let_in  # noqa: SLF001 - nobody waits for 15 minutes
+            before = dict(remembered)
             found = samples(read(web, headers[0]).text)
+            assert remembered == before, "for 15 minutes, however often they ask"
             assert found["pgscribe_database_up", ()] == 0
             assert not [name for name, _ in found if name.startswith("pgscribe_jobs")]
             assert value(found, "pgscribe_pool_max_connections") > 0

@@ -101,7 +101,7 @@ async def scrape(request: Request) -> ASGIApp:
     except DatabaseUnavailable:
         if not scrapes.knows(request):
             raise
-        answer = _answer(request, None)
+        return _answer(request, None)  # which is no reason to remember them for longer
     except PgscribeError:
         scrapes.turn_away(request)
         raise
