@@ -8,7 +8,10 @@ begin
   return (
     with live as materialized (
       select p.user_id, case when p.due_at > now() then 'scheduled' else 'queued' end as state, count(*) as jobs,
-             min(case when p.due_at > now() then p.created_at else greatest(p.created_at, p.scheduled_at, p.retry_requested_at) end) as since
+             min(case when p.due_at > now() then p.created_at
+                   -- One that was tried before has changed when it was given back or fell due.
+                   else greatest(p.created_at, p.scheduled_at, p.retry_requested_at, case when p.attempt > 0 then p.updated_at end)
+                 end) as since
         from public.processing_jobs p where p.status = 'queued' group by 1, 2
       union all
       select p.user_id, 'processing', count(*), min(p.started_at)
@@ -49,7 +52,8 @@ begin
   return (
     with deliveries as materialized (
       select case when d.status = 'queued' and d.due_at is not null then 'waiting' else d.status end as state,
-             count(*) as count, min(d.created_at) as since
+             count(*) as count,
+             min(case when d.status = 'queued' and d.due_at is null then d.updated_at else d.created_at end) as since
         from public.webhook_deliveries d where d.status in ('queued', 'sending') group by 1),
     maintenance as (
       select 'queued' as state, count(*) as count from procrastinate.procrastinate_jobs q

@@ -569,6 +569,43 @@ def test_a_web_server_is_ready_with_all_migrations_and_a_folder(
         assert httpx2.get(f"{web}/readyz").json() == {"status": "unready", "reason": "storage"}
 
 
+def test_what_was_tried_before_waits_since_it_could_be_tried_again(
+    postgres: EmbeddedPostgres, database: str, conn: psycopg.Connection, user: UUID
+) -> None:
+    name = str(psycopg.conninfo.conninfo_to_dict(database)["dbname"])
+    conn.execute(
+        "insert into processing_jobs (user_id, file_path, webhook_url)"
+        " values (%s, 'a/b', 'https://example.org')",
+        (user,),
+    )
+    conn.execute(
+        "insert into webhook_deliveries (user_id, url, event, payload)"
+        " values (%s, 'https://example.org', 'job.failed', '{}')",
+        (user,),
+    )
+    tables = ("processing_jobs", "webhook_deliveries")
+    with psycopg.connect(postgres.url(user=SUPERUSER, database=name), autocommit=True) as admin:
+        admin.execute("set session_replication_role = replica")
+        for table in tables:
+            admin.execute(
+                f"update {table} set created_at = now() - interval '2 h', due_at = now()".encode()
+            )
+        admin.execute("update processing_jobs set attempt = 1")
+        admin.execute("set session_replication_role = origin")
+        for table in tables:  # as a claim does with what has fallen due
+            admin.execute(f"update {table} set due_at = null".encode())
+        jobs, light = (
+            admin.execute(f"select pgscribe.metrics_of_{kind}()".encode()).fetchone()
+            for kind in ("jobs", "light_jobs")
+        )
+    assert jobs is not None
+    assert light is not None
+    ages = [row["oldest"] for row in jobs[0]["jobs"] if row["jobs"]]
+    ages += [row["oldest"] for row in light[0]["deliveries"] if row["count"]]
+    assert len(ages) == 2
+    assert max(ages) < 60
+
+
 def test_a_wait_begins_when_a_job_could_last_have_started(
     postgres: EmbeddedPostgres, database: str, conn: psycopg.Connection, user: UUID
 ) -> None:
