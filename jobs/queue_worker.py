@@ -17,7 +17,7 @@ from procrastinate import worker as procrastinate_worker
 
 from jobs import execution, logs, metrics
 from jobs.backoff import Backoff
-from jobs.errors import DatabaseUnavailable, PgscribeError, ResultNotStorable
+from jobs.errors import AttemptLost, DatabaseUnavailable, PgscribeError, ResultNotStorable
 from jobs.queue import LIGHT_QUEUES, QUEUE_NAME, UNUSABLE, ClaimedJob, Due, Ended, Queue, Turn
 from jobs.wakeups import Wakeups, announcement
 
@@ -519,6 +519,8 @@ class Worker(procrastinate_worker.Worker):
 
 def _count(claimed: ClaimedJob, end: Ended | None, seconds: float) -> None:
     outcome, error_code = (end.outcome, end.error_code) if end else ("lost", None)
+    if error_code == AttemptLost.code:  # it saw that by itself, before a beat said so
+        outcome, error_code = "lost", None
     if claimed.attempt is None:
         metrics.light_attempt_ended(claimed.queue_name, outcome)
     else:

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from db.embedded import EmbeddedPostgres
-from jobs import database, health, worker
+from jobs import database, health, metrics, worker
 from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
 from jobs.dev import free_port
 from jobs.errors import ComputeUnavailable, SettingsError
@@ -169,6 +169,41 @@ async def test_a_worker_without_compute_or_one_that_drains_is_not_ready(
         await watched.until_it_says("/readyz", 503, reasons=["draining"])
         assert await watched.healthy() == (200, {"status": "ok"})
     assert conn.execute("select status from processing_jobs").fetchall() == [("completed",)]
+
+
+async def test_an_attempt_that_finds_its_job_taken_away_counts_as_lost(
+    watching: Callable[..., Any], submit: Callable[[], None], conn: psycopg.Connection
+) -> None:
+    def counted(outcome: str, code: str) -> float:
+        labels = {"outcome": outcome, "error_code": code}
+        return metrics.REGISTRY.get_sample_value("pgscribe_attempts_total", labels) or 0.0
+
+    async with watching(stall_timeout=60.0) as watched:  # so no beat comes first
+        before = counted("lost", "none"), counted("succeeded", "none")
+        submit()
+        await asyncio.to_thread(
+            until, lambda: conn.execute("select from processing_job_chunks").rowcount, "it runs"
+        )
+        conn.execute(
+            "update procrastinate.procrastinate_jobs set status = 'todo', worker_id = null"
+            " where queue_name = 'transcription'"
+        )
+        watched.compute.finished.set()
+        await asyncio.to_thread(
+            until,
+            lambda: (
+                conn.execute(
+                    "select from processing_jobs where completed_at > '-infinity'"
+                ).rowcount
+            ),
+            "the next attempt ends",
+        )
+        assert (counted("lost", "none"), counted("succeeded", "none")) == (
+            before[0] + 1,
+            before[1] + 1,
+        )
+        assert counted("failed", "attempt_lost") == 0
+        assert counted("retry", "attempt_lost") == 0
 
 
 async def test_a_port_that_is_taken_is_named_and_without_one_nobody_listens(
