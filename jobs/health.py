@@ -172,7 +172,9 @@ async def serve(settings: Settings, monitor: Monitor) -> AsyncIterator[None]:
     metrics.REGISTRY.register(figures)
     ticking = asyncio.create_task(monitor.tick())
     thread.start()
-    logger.info("The worker's health is at http://%s:%s/healthz", *listener.getsockname()[:2])
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("The worker's health is at http://%s:%s/healthz", shown, port)
     try:
         yield
     finally:

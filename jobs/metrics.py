@@ -251,7 +251,8 @@ def waiting_for_call(kind: str) -> Iterator[None]:
     try:
         yield
     except PgscribeError as exc:
-        COMPUTE.note(answered=not isinstance(exc, ComputeUnavailable))
+        if not isinstance(exc, CallTimeout):  # then nobody knows
+            COMPUTE.note(answered=not isinstance(exc, ComputeUnavailable))
         _CALLS.labels(kind, _call_outcome(exc)).inc()
         raise
     COMPUTE.note(answered=True)

@@ -16,7 +16,7 @@ from db.embedded import EmbeddedPostgres
 from jobs import database, health, metrics, worker
 from jobs.compute.base import Outcome, Prepare, Transcribe, Usage
 from jobs.dev import free_port
-from jobs.errors import ComputeUnavailable, SettingsError
+from jobs.errors import CallLost, CallTimeout, ComputeUnavailable, SettingsError
 from jobs.models import Transcript
 from jobs.settings import Settings
 from modal_functions.plan import Plan, Span
@@ -217,3 +217,31 @@ async def test_a_port_that_is_taken_is_named_and_without_one_nobody_listens(
     monitor = health.Monitor(database.make_pool(settings, name="test"))
     async with health.serve(settings, monitor):
         assert "health" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_it_says_where_it_listens_in_ipv6_too(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    changes = {"worker_health_host": "::1", "worker_health_port": port}
+    monitor = health.Monitor(database.make_pool(settings, name="test"))
+    with caplog.at_level("INFO", "jobs.health"):
+        async with health.serve(settings.model_copy(update=changes), monitor):
+            url = f"http://[::1]:{port}/healthz"
+            answer = await asyncio.to_thread(httpx2.get, url)
+    assert answer.json() == {"status": "ok"}
+    assert url in caplog.text
+
+
+def test_a_call_that_takes_too_long_does_not_say_that_compute_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute = metrics.Reachability()
+    monkeypatch.setattr(metrics, "COMPUTE", compute)
+    compute.note(answered=False)
+    with pytest.raises(CallTimeout), metrics.waiting_for_call("transcribe"):
+        raise CallTimeout
+    assert not compute.holds
+    with pytest.raises(CallLost), metrics.waiting_for_call("transcribe"):
+        raise CallLost
+    assert compute.holds
