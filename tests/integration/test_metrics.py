@@ -21,6 +21,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from starlette.requests import Request
 
 from db import migrate
 from db.embedded import SUPERUSER, EmbeddedPostgres
@@ -537,6 +538,16 @@ def test_while_the_database_is_away_whoever_was_let_in_is_told_so(
             assert samples(answer.text)["pgscribe_database_up", ()] == 0
             monkeypatch.setattr(metrics, "REMEMBERED", 0.0)
             assert read(web, headers[0]).status_code == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def test_who_was_let_in_is_known_by_all_that_they_sent() -> None:
+    def asking(*cookies: bytes) -> Request:
+        return Request({"type": "http", "headers": [(b"cookie", each) for each in cookies]})
+
+    scrapes = metrics.Scrapes()
+    scrapes.let_in(asking(b"theme=dark", b"session=theirs"))
+    assert scrapes.knows(asking(b"theme=dark", b"session=theirs"))
+    assert not scrapes.knows(asking(b"theme=dark", b"session=guessed"))
 
 
 def test_a_web_server_is_ready_with_all_migrations_and_a_folder(

@@ -73,7 +73,9 @@ class Scrapes:
 
 
 def _digest(request: Request) -> bytes:
-    who = [request.headers.get(name, "") for name in ("authorization", "cookie", "pgscribe-user")]
+    names = ("authorization", "cookie", "pgscribe-user")
+    # Cookies may come in several headers, of which each counts.
+    who = [f"{name}:{value}" for name in names for value in request.headers.getlist(name)]
     return hashlib.sha256("\0".join(who).encode()).digest()
 
 
