@@ -73,6 +73,7 @@ def test_submit_and_read(
         "priority", "max_attempts", "idempotency_key", "due_at", "cancel_requested_at",
         "retry_requested_at",
         "audio_seconds", "estimated_seconds", "usage", "note", "error_code", "error", "result",
+        "traceparent",
     }  # fmt: skip
     assert (job["status"], job["options"]) == ("queued", {"model": "tiny"})
     assert (job["user_id"], job["result"]) == (str(user), None)
