@@ -48,15 +48,6 @@ async def compute(settings: Settings) -> AsyncIterator[LocalCompute]:
 
 
 @pytest.fixture(scope="session")
-def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 6 s of the sample."""
-    path = tmp_path_factory.mktemp("audio") / "clip.wav"
-    recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
-    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    return path
-
-
-@pytest.fixture(scope="session")
 def minutes(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample eight times: what transcribes it is busy while another process starts."""
     path = tmp_path_factory.mktemp("audio") / "minutes.wav"

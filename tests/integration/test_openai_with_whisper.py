@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import ffmpeg
-import imageio_ffmpeg
 import openai
 import psycopg
 import pytest
@@ -26,15 +24,6 @@ from web.app import create_app
 from web.auth import issue_token
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def clip(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 6 s of the sample."""
-    path = tmp_path_factory.mktemp("audio") / "clip.wav"
-    recording = ffmpeg.input(str(sample), t=6).output(str(path), ac=1, ar=16000)
-    recording.run(cmd=imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
-    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 // The operator's table of all owners' jobs: filter, choose, cancel and retry many.
 
 import { api } from "./api.js";
+import { Choice } from "./choosing.js";
 import { confirmed } from "./confirming.js";
 import { byId, h } from "./dom.js";
 import { ago, clock, dateAndTime, dollars, fileName, number, percent, plural, span } from "./format.js";
@@ -10,7 +11,7 @@ const AT_ONCE = 1000; // jobs in one request, as the API allows
 const DONE = { cancel: "cancelled", retry: "queued again" };
 
 export class AllJobs {
-  #chosen = new Set();
+  #choice = new Choice("jobs", "choose-all", (count) => this.#showChosen(count));
   #cursor = null;
   #shown = {};
   #asked = 0;
@@ -26,12 +27,8 @@ export class AllJobs {
     this.#form.addEventListener("reset", () => setTimeout(() => this.load()));
     this.#form.elements.status.addEventListener("change", () => this.load());
     byId("more").addEventListener("click", () => this.load(this.#cursor));
-    byId("choose-all").addEventListener("change", (event) => {
-      const on = event.target.checked;
-      for (const box of this.#boxes) this.#choose(box, on);
-    });
     for (const action of ["cancel", "retry"]) {
-      byId(`${action}-chosen`).addEventListener("click", () => this.#act(action, [...this.#chosen]));
+      byId(`${action}-chosen`).addEventListener("click", () => this.#act(action, this.#choice.ids));
       byId(`${action}-all`).addEventListener("click", () => this.#actOnAll(action));
     }
     this.load();
@@ -50,10 +47,6 @@ export class AllJobs {
     return Object.fromEntries([...new FormData(this.#form)].map(([name, value]) => [name, value.trim()]).filter(([, value]) => value));
   }
 
-  get #boxes() {
-    return [...byId("jobs").querySelectorAll("input")];
-  }
-
   /** Show what matches or, after `cursor`, more of what is shown. Returns whether that worked. */
   async load(cursor = null) {
     const question = ++this.#asked;
@@ -69,7 +62,7 @@ export class AllJobs {
       this.#cursor = page.next_cursor;
       byId("more").hidden = !page.next_cursor;
       byId("jobs-problem").hidden = true;
-      this.#showChosen();
+      this.#choice.show();
       return true;
     } catch (error) {
       if (question !== this.#asked) return false;
@@ -80,7 +73,7 @@ export class AllJobs {
   }
 
   #clear() {
-    this.#chosen.clear();
+    this.#choice.clear();
     byId("jobs").replaceChildren();
   }
 
@@ -88,7 +81,7 @@ export class AllJobs {
     const name = fileName(job.file_path);
     const ran = job.started_at && job.completed_at ? (new Date(job.completed_at) - new Date(job.started_at)) / 1000 : null;
     return h("tr", {},
-      h("td", {}, h("input", { type: "checkbox", value: job.id, "aria-label": `Choose ${name}`, onchange: (event) => this.#choose(event.target, event.target.checked) })),
+      h("td", {}, this.#choice.box(job.id, `Choose ${name}`)),
       h("td", { class: "name", title: job.id }, name),
       h("td", { class: "owner", title: job.owner_id }, job.email ?? job.owner_id),
       h("td", {}, h("span", { class: `status ${job.status}` }, job.status), job.status === "processing" && ` ${percent(job.progress)}`),
@@ -100,17 +93,7 @@ export class AllJobs {
     );
   }
 
-  #choose(box, on) {
-    box.checked = on;
-    if (on) this.#chosen.add(box.value);
-    else this.#chosen.delete(box.value);
-    this.#showChosen();
-  }
-
-  #showChosen() {
-    const count = this.#chosen.size;
-    byId("choose-all").checked = count > 0 && count === this.#boxes.length;
-    byId("choose-all").indeterminate = count > 0 && count < this.#boxes.length;
+  #showChosen(count) {
     byId("chosen").textContent = count ? `${plural(count, "job")} chosen` : "None chosen";
     for (const action of ["cancel", "retry"]) byId(`${action}-chosen`).disabled = !count;
   }

@@ -1,6 +1,7 @@
 // The operator's table of all owners' webhooks: what has failed or waits, and sending it again.
 
 import { api } from "./api.js";
+import { Choice } from "./choosing.js";
 import { byId, h } from "./dom.js";
 import { ago, dateAndTime, hostOf, plural } from "./format.js";
 import { toast } from "./toasts.js";
@@ -8,7 +9,7 @@ import { toast } from "./toasts.js";
 const LEFT = "that waits, or whose endpoint is disabled,";
 
 export class Deliveries {
-  #chosen = new Set();
+  #choice = new Choice("deliveries", "choose-deliveries", (count) => this.#showChosen(count));
   #cursor = null;
   #asked = 0;
   #status = byId("delivery-status");
@@ -18,16 +19,8 @@ export class Deliveries {
     this.onChange = onChange;
     this.#status.addEventListener("change", () => this.load());
     byId("more-deliveries").addEventListener("click", () => this.load(this.#cursor));
-    byId("choose-deliveries").addEventListener("change", (event) => {
-      const on = event.target.checked;
-      for (const box of this.#boxes) this.#choose(box, on);
-    });
-    byId("replay-chosen").addEventListener("click", () => this.#replay([...this.#chosen]));
+    byId("replay-chosen").addEventListener("click", () => this.#replay(this.#choice.ids));
     this.load();
-  }
-
-  get #boxes() {
-    return [...byId("deliveries").querySelectorAll("input")];
   }
 
   /** Show what is in the chosen state or, after `cursor`, more of it. */
@@ -38,7 +31,7 @@ export class Deliveries {
       const page = await api("GET", `/operate/webhooks/deliveries?${query}`);
       if (question !== this.#asked) return;
       if (!cursor) {
-        this.#chosen.clear();
+        this.#choice.clear();
         byId("deliveries").replaceChildren();
       }
       byId("deliveries").append(...page.deliveries.map((one) => this.#row(one)));
@@ -48,7 +41,7 @@ export class Deliveries {
       this.#cursor = page.next_cursor;
       byId("more-deliveries").hidden = !page.next_cursor;
       byId("deliveries-problem").hidden = true;
-      this.#showChosen();
+      this.#choice.show();
     } catch (error) {
       if (question !== this.#asked) return;
       byId("deliveries-problem").textContent = error.message;
@@ -60,7 +53,7 @@ export class Deliveries {
     const host = hostOf(one.url);
     const label = `Choose ${one.event} to ${host}, ${dateAndTime(one.created_at)}`;
     return h("tr", {},
-      h("td", {}, h("input", { type: "checkbox", value: one.id, "aria-label": label, onchange: (event) => this.#choose(event.target, event.target.checked) })),
+      h("td", {}, this.#choice.box(one.id, label)),
       h("td", { title: one.id }, one.event),
       h("td", { class: "name", title: one.url ?? "" }, host),
       h("td", { class: "owner", title: one.owner_id }, one.email ?? one.owner_id),
@@ -70,17 +63,7 @@ export class Deliveries {
     );
   }
 
-  #choose(box, on) {
-    box.checked = on;
-    if (on) this.#chosen.add(box.value);
-    else this.#chosen.delete(box.value);
-    this.#showChosen();
-  }
-
-  #showChosen() {
-    const count = this.#chosen.size;
-    byId("choose-deliveries").checked = count > 0 && count === this.#boxes.length;
-    byId("choose-deliveries").indeterminate = count > 0 && count < this.#boxes.length;
+  #showChosen(count) {
     byId("chosen-deliveries").textContent = count ? `${count} chosen` : "None chosen";
     byId("replay-chosen").disabled = !count;
   }
