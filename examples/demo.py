@@ -13,8 +13,8 @@ from uuid import UUID
 import jiwer
 import psycopg
 
-from jobs import terminal
-from jobs.cli import HOME
+from jobs.cli import terminal
+from jobs.cli.serving import HOME
 from jobs.client import JobClient
 from jobs.dev import USER_ID, Embedded, exit_on_signals
 from jobs.models import ProcessingJob, Transcript

@@ -24,7 +24,7 @@ from jobs import operate
 from jobs.errors import PgscribeError
 from jobs.settings import Settings
 from jobs.sql import DEV
-from web.auth import issue_token
+from jobs.tokens import issue_token
 
 USER_ID = UUID("00000000-0000-4000-8000-000000000001")
 USER_EMAIL = "dev@pgscribe.local"

@@ -24,12 +24,21 @@ from jobs.errors import (
 )
 from jobs.scopes import Scope
 from jobs.settings import Settings, TokenSettings
+from jobs.tokens import issue_token
 from web.jwks import SigningKeys
 from web.same_origin import require_same_origin
 from web.sessions import SessionKey, Sessions, Tokens, cookie_name, sent_key
 from web.throttle import Throttle
 
-__all__ = ["Authenticator", "Principal", "Scope", "TokenVerifier", "authenticate", "require"]
+__all__ = [
+    "Authenticator",
+    "Principal",
+    "Scope",
+    "TokenVerifier",
+    "authenticate",
+    "issue_token",
+    "require",
+]
 
 Claims = Mapping[str, Any]
 
@@ -43,22 +52,6 @@ KEY_SECONDS = 300
 
 _NOBODY = "Send the header `Authorization: Bearer <token or API key>`, or sign in at /app/sign-in"
 _BAD_KEY = "The API key is not valid: it is unknown, has expired or was revoked"
-
-
-def issue_token(settings: TokenSettings, user_id: UUID, *, lifetime: float, email: str = "") -> str:
-    """Sign a token for a user, as Supabase Auth would; valid for ``lifetime`` seconds."""
-    now = int(time.time())
-    claims = {
-        "sub": str(user_id),
-        "role": "authenticated",
-        "aud": settings.jwt_audience,
-        "email": email,
-        "iat": now,
-        "exp": now + int(lifetime),
-    }
-    if settings.token_issuer:
-        claims["iss"] = settings.token_issuer
-    return jwt.encode(claims, settings.require_jwt_secret(), "HS256")
 
 
 class TokenVerifier:

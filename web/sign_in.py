@@ -26,7 +26,7 @@ from jobs.database import Pool
 from jobs.errors import InvalidInput, RateLimited, SettingsError, SignInUnavailable
 from jobs.settings import Settings
 from jobs.sql import DEV
-from web.auth import issue_token
+from jobs.tokens import issue_token
 from web.sessions import SessionRevoked, Tokens, TokenSource
 
 if TYPE_CHECKING:

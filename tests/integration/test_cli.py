@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from db import migrate
 from jobs import __version__
 from jobs.cli import main
-from jobs.cli_webhooks import webhooks
+from jobs.cli.webhooks import webhooks
 from jobs.settings import Settings
 
 Run = Callable[..., Result]

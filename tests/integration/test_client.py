@@ -28,7 +28,7 @@ from jobs.client import (
     ServerUnreachable,
     WaitTimedOut,
 )
-from jobs.client_webhooks import AsyncWebhooks
+from jobs.client.webhooks import AsyncWebhooks
 from jobs.errors import InvalidInput
 from jobs.models import JobStatus, TranscriptionOptions
 from jobs.settings import Settings

@@ -10,9 +10,10 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs import cli_webhooks, webhook_admin
+from jobs import webhook_admin
 from jobs import webhooks as owners
 from jobs.cli import main
+from jobs.cli.webhooks import EVENTS, STATUSES
 from jobs.settings import Settings
 from tests.conftest import MakeUser
 from tests.streams import Work
@@ -70,8 +71,8 @@ def statuses(conn: psycopg.Connection) -> dict[UUID, str]:
 
 
 def test_the_choices_are_those_of_the_database() -> None:
-    assert cli_webhooks.EVENTS == owners.EVENTS
-    assert get_args(owners.DeliveryStatus) == cli_webhooks.STATUSES
+    assert EVENTS == owners.EVENTS
+    assert get_args(owners.DeliveryStatus) == STATUSES
 
 
 # Endpoints and secrets ---------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import server_sent_events
-from jobs.server_sent_events import EventReader, ServerSentEvent, StreamUnreadable
+from jobs.client import server_sent_events
+from jobs.client.server_sent_events import EventReader, ServerSentEvent, StreamUnreadable
 
 STREAM = (
     "\ufeff: a comment\n\n"

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs import terminal
+from jobs.cli import terminal
 
 
 @pytest.mark.parametrize(

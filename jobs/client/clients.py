@@ -1,7 +1,7 @@
 """Clients of the REST API for Python: ``JobClient`` blocks, ``AsyncJobClient`` is awaited.
 
-Both do the same: what they do is in ``jobs.client_flows``, what they say and are told in
-``jobs.client_requests``. They try again on broken connections, HTTP 429, 502, 503 and 504,
+Both do the same: what they do is in ``jobs.client.flows``, what they say and are told in
+``jobs.client.requests``. They try again on broken connections, HTTP 429, 502, 503 and 504,
 but never what would then be done twice: a job is submitted under an idempotency key.
 
 All methods raise ``RequestFailed``, with the server's own code and message, and
@@ -33,8 +33,8 @@ from uuid import UUID
 import httpx2
 
 from jobs import __version__
-from jobs import client_requests as requests
-from jobs.client_flows import (
+from jobs.client import requests
+from jobs.client.flows import (
     Call,
     Flow,
     Flows,
@@ -47,28 +47,23 @@ from jobs.client_flows import (
     Send,
     Step,
 )
-from jobs.client_requests import (
+from jobs.client.requests import (
     FilePart,
     JobChanged,
-    JobDeleted,
     JobEvent,
     NewJob,
-    PartialText,
     Reply,
     Request,
     TextFormat,
     TranscriptFormat,
 )
-from jobs.client_webhooks import AsyncWebhooks, Webhooks, verify_webhook
+from jobs.client.webhooks import AsyncWebhooks, Webhooks
 from jobs.errors import (
     InvalidInput,
     RequestFailed,
     ServerUnreachable,
-    WaitTimedOut,
-    WebhookNotVerified,
 )
 from jobs.models import (
-    Hit,
     JobStatus,
     JobSummary,
     ProcessingJob,
@@ -77,24 +72,6 @@ from jobs.models import (
     TranscriptionOptions,
 )
 from modal_functions import status as reports
-
-__all__ = [
-    "AsyncJobClient",
-    "Hit",
-    "JobChanged",
-    "JobClient",
-    "JobDeleted",
-    "JobEvent",
-    "NewJob",
-    "PartialText",
-    "RequestFailed",
-    "Retries",
-    "SearchResult",
-    "ServerUnreachable",
-    "WaitTimedOut",
-    "WebhookNotVerified",
-    "verify_webhook",
-]
 
 CONNECT_TIMEOUT = 10.0  # seconds
 BLOCK = 256 * 1024  # bytes that are read from a file at a time

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import click
 
-from jobs.commands import database, duration, friendly
+from jobs.cli.common import database, duration, friendly
 from jobs.errors import PgscribeError
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def _endpoint_line(endpoint: "AnyEndpoint") -> str:
 
 
 def _delivery_line(delivery: "AnyDelivery") -> str:
-    from jobs.terminal import age
+    from jobs.cli.terminal import age
 
     answer = str(delivery.response_status or delivery.error_code or "-")
     line = (

@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field
 from standardwebhooks import Webhook, WebhookVerificationError
 from standardwebhooks.webhooks import EmptyWebhookSecretError
 
-from jobs.client_flows import Flow, Flows
-from jobs.client_requests import Request
+from jobs.client.flows import Flow, Flows
+from jobs.client.requests import Request
 from jobs.errors import InvalidInput, WebhookNotVerified
-from jobs.webhooks import (
+from jobs.webhook_models import (
     EVENTS,
     Delivery,
     DeliveryLog,

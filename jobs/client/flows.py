@@ -20,9 +20,9 @@ from uuid import UUID, uuid4
 
 from pydantic import BaseModel, ValidationError
 
-from jobs import client_requests as requests
 from jobs.backoff import Backoff
-from jobs.client_requests import (
+from jobs.client import requests
+from jobs.client.requests import (
     FilePart,
     JobChanged,
     JobDeleted,
@@ -33,10 +33,10 @@ from jobs.client_requests import (
     Ticket,
     TranscriptFormat,
 )
+from jobs.client.server_sent_events import EventReader, StreamUnreadable
 from jobs.corrections import read_transcript
 from jobs.errors import JobNotFound, RequestFailed, ServerUnreachable, WaitTimedOut
 from jobs.models import JobStatus, ProcessingJob, Transcript
-from jobs.server_sent_events import EventReader, StreamUnreadable
 
 T = TypeVar("T")
 ItemT = TypeVar("ItemT")
