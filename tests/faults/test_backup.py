@@ -17,10 +17,10 @@ from db import schema
 from db.embedded import EmbeddedPostgres
 from jobs.models import Segment, Transcript
 from tests.conftest import REPO
-from tests.doc_blocks import blocks
+from tests.doc_blocks import runs
 from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs
 
-BLOCKS = {block.how[0]: block.code for block in blocks("backup.md", "bash")}
+BLOCKS = {block.how[1]: block.code for block in runs("backup")}
 SAID = "What was said before the backup."
 CHUNK = Transcript(SAID, "en", 1.0, (Segment(0.0, 1.0, SAID, 0.0, 0.0, 1.0),), "fault", "base")
 OURS = """

@@ -1,4 +1,4 @@
-"""The SQL of the guides (BLOCKS says which), as the roles that it is for."""
+"""The SQL of the documentation, as the roles that it is for."""
 
 import json
 from uuid import UUID
@@ -7,10 +7,10 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from tests.doc_blocks import Block, blocks
+from tests import doc_blocks
+from tests.doc_blocks import JOB, Block, in_full, runs
 
-USER = UUID("6f1c2a9e-0000-4000-8000-000000000001")
-JOB = "0b9e4a51-2f0c-4c39-9f6d-1f8a4f1d2c33"
+USER = UUID(doc_blocks.USER)
 CHUNK = {"text": "Hello there.", "language": "en", "segments": []}
 RESULT = {
     "text": "Hello there. The budget is fine.",
@@ -21,11 +21,7 @@ RESULT = {
         {"start": 0.0, "end": 1.5, "text": "Hello there."},
     ],
 }
-BLOCKS = [
-    block
-    for name in ("sql", "supabase-js", "webhooks", "dashboard")
-    for block in blocks(f"{name}.md", "sql")
-]
+BLOCKS = runs("role")
 # What makes a new job one with that status; the queue's status is the truth.
 STEPS = {
     "queued": [],
@@ -80,8 +76,8 @@ def make_job(conn: psycopg.Connection, owner: UUID, status: str) -> str:
 def test_sql_in_the_documentation(
     conn: psycopg.Connection, owner: UUID, stranger: UUID, block: Block
 ) -> None:
-    how = dict(pair.split("=", 1) for pair in block.how)
-    code, role = block.code, how.pop("role")
+    how = block.options
+    code, role = in_full(block.code), how.pop("role")
     if status := how.pop("job", None):
         code = code.replace(JOB, make_job(conn, owner, status))
     if role == "authenticated":

@@ -19,16 +19,14 @@ from jobs.database import make_pool
 from jobs.deliveries import Deliverer
 from jobs.outbound import Rules
 from jobs.settings import Settings
-from tests.doc_blocks import Block, blocks
+from tests.doc_blocks import Block, runs
 from tests.live import serve
 from tests.receiver import Request, receiving
 from tests.streams import Work
 from web.app import create_app
 from web.auth import issue_token
 
-BLOCKS = {
-    block.how[0]: block for name in ("bash", "python") for block in blocks("webhooks.md", name)
-}
+BLOCKS = {block.how[1]: block for block in runs("webhooks")}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +41,7 @@ def pgscribe(*arguments: object) -> str:
 
 
 def test_each_block_is_run() -> None:
-    assert set(BLOCKS) == {"curl", "cli", "receiver"}
+    assert set(BLOCKS) == {"endpoint", "commands", "receiver"}
 
 
 def test_the_request_in_the_documentation(
@@ -56,7 +54,7 @@ def test_the_request_in_the_documentation(
             "PGSCRIBE_TOKEN": issue_token(settings, user, lifetime=60),
         }
         done = subprocess.run(
-            ["bash", "-ec", BLOCKS["curl"].code],
+            ["bash", "-ec", BLOCKS["endpoint"].code],
             env=environment,
             capture_output=True,
             text=True,
@@ -71,7 +69,7 @@ def test_the_commands_in_the_documentation(database: str, user: UUID) -> None:
     values = {"$USER_ID": str(user)}
     # What can't be known before: the endpoint, as it is made, and a delivery of its own.
     printed = {}
-    lines = BLOCKS["cli"].code.splitlines()
+    lines = BLOCKS["commands"].code.splitlines()
     for line in lines:
         words = shlex.split(line, comments=True)
         printed[line.split("#")[0].strip()] = pgscribe(*(values.get(w, w) for w in words[1:]))

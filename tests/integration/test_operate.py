@@ -23,7 +23,7 @@ from jobs.errors import InvalidInput
 from jobs.queue import Queue
 from jobs.scopes import USUAL_SCOPES, Scope
 from jobs.settings import Settings
-from tests.doc_blocks import Block, blocks
+from tests.doc_blocks import Block, runs
 from web.app import create_app
 from web.auth import issue_token
 
@@ -47,6 +47,7 @@ FUNCTIONS = [
     "operator_pause_owner(gen_random_uuid())",
     "operator_resume_owner(gen_random_uuid())",
 ]
+THE_GUIDES_SQL = runs("operator")
 ACTIONS = [
     "/operate/queue/pause",
     "/operate/queue/resume",
@@ -1018,7 +1019,7 @@ def test_every_action_is_logged_once_it_is_done(
     ]
 
 
-@pytest.mark.parametrize("block", [*blocks("operate.md", "sql")], ids=str)
+@pytest.mark.parametrize("block", THE_GUIDES_SQL, ids=str)
 def test_the_guides_sql(conn: psycopg.Connection, operator: UUID, block: Block) -> None:
     owner = UUID("6f1c2a9e-0000-4000-8000-000000000001")
     conn.execute("insert into auth.users (id) values (%s)", (owner,))

@@ -18,15 +18,10 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import self_hosting
 from jobs.cli import main
 from tests.conftest import REPO
-from tests.doc_blocks import Block, blocks
+from tests.doc_blocks import Block, runs
 
 SUPABASE = shutil.which("supabase")
-BLOCKS = {
-    block.how[0]: block
-    for document in ("self-hosting.md", "supabase.md")
-    for language in ("bash", "sql")
-    for block in blocks(document, language)
-}
+BLOCKS = {block.how[1]: block for block in runs("project")}
 
 
 def test_each_block_is_run() -> None:
