@@ -109,7 +109,11 @@ TAKERS = [(("run", "role"), "test_sql.py"), (("check", "shell"), "test_shell.py"
     [
         (DOCUMENT.replace("```sh\nmake new\n```\n\n1", "1"), TAKERS, None),
         (DOCUMENT, TAKERS, "new.md:7: no comment says how this sh is run"),
-        ("<!-- run: rolle=x -->\n```sql\nselect 1\n```", [], "new.md:2: no test takes `run: rolle`"),
+        (
+            "<!-- run: rolle=x -->\n```sql\nselect 1\n```",
+            [],
+            "new.md:2: no test takes `run: rolle`",
+        ),
         ("<!-- check: role=x -->\n```sql\nselect 1\n```", TAKERS, "no test takes `check: role`"),
         ("```\nmake new\n```", [], "new.md:1: not output, but to be typed: make new"),
         ("Nothing.", TAKERS[:1], "test_sql.py: takes `run: role`, which no document has"),
