@@ -1,10 +1,10 @@
 """Code blocks of the documentation, and who runs them.
 
-A comment above a block says how: ``<!-- run: KIND … -->``, or ``<!-- check: KIND … -->`` where less is
-done with it than to run it. The kind is the first word, up to any "=". A test module takes all
-blocks of a kind, in whatever documents, with ``runs("kind")`` or ``checks("kind")`` at its top level;
-tests/unit/test_docs_ledger.py sees that none is left over. A fence without a language is output or
-a drawing.
+A comment above a block says how: ``<!-- run: KIND … -->``, or ``<!-- check: KIND … -->`` where less
+is done with it than to run it. The kind is the first word, up to any "=". A test module takes all
+blocks of a kind, in whatever documents, with ``runs("kind")`` or ``checks("kind")`` at its top
+level; tests/unit/test_docs_ledger.py sees that none is left over. A fence without a language is
+output or a drawing.
 """
 
 import re

@@ -26,6 +26,7 @@ from web.auth import issue_token
 CURL = runs("curl")
 STREAMS = runs("stream")
 PROBLEMS = runs("problem")
+PAGES = runs("page")
 DOCUMENTS = sorted({block.document for block in CURL})
 FUNCTIONS = [block for block in CURL if block.code.startswith("api() {")]
 
@@ -283,3 +284,12 @@ def test_a_wrong_answer_in_a_document_is_found() -> None:
     ):
         with pytest.raises((AssertionError, TypeError)):
             same(example(text), real, "")
+
+
+def test_links_for_templates_lead_to_a_page(server: str) -> None:
+    for block in PAGES:
+        (path,) = re.findall(r'href="\{\{ \.SiteURL \}\}([^"]+)"', block.code)
+        path = path.replace("{{ .TokenHash }}", "5f2a")
+        shown = httpx2.get(server + path)
+        assert shown.status_code == 200, path
+        assert "5f2a" in shown.text

@@ -1,4 +1,4 @@
-"""No command or snippet of the documentation without a test that runs it, or says what it checks."""
+"""No command or snippet of the documentation is without a test that runs or checks it."""
 
 import ast
 from collections import Counter
@@ -15,7 +15,8 @@ DRAWN = ("", "text")
 # A line that begins so is to be typed: such a block has to have a language, and a test.
 PROGRAMS = (
     "$ ", "curl ", "docker ", "export ", "git ", "make ", "modal ", "npm ", "pip ", "pgscribe ",
-    "psql ", "python ", "supabase ", "select ", "insert ", "update ", "delete ", "import ", "const ",
+    "psql ", "python ", "supabase ", "select ", "insert ", "update ", "delete ", "import ",
+    "const ",
 )  # fmt: skip
 
 Kind = tuple[str, str]

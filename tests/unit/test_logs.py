@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -10,10 +11,15 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 
 from jobs import logs
+from tests.doc_blocks import Block, runs
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJlLW9mLWl0"
+
+
+DOCUMENTED = runs("log")
 
 
 class Said:
@@ -186,3 +192,16 @@ def test_a_secret_that_is_cut_does_not_stay_in_part(said: Said) -> None:
     message = said.only()["message"]
     assert set(message) == {"x", "\n", "…"}
     assert len(message) > logs.LONGEST
+
+
+@pytest.mark.parametrize("block", DOCUMENTED, ids=str)
+def test_lines_are_as_the_documentation_has_them(said: Said, block: Block) -> None:
+    logs.setup("json" if block.language == "json" else "text")
+    logs.begin(job_id="0b9e…", attempt=1, worker=7)
+    place = trace.SpanContext(0x4BF9 << 112, 0x00F0 << 48, is_remote=False)
+    with trace.use_span(trace.NonRecordingSpan(place)):
+        logging.getLogger("jobs.execution").info("Queue job %s failed: %s", 42, "no_speech")
+    (line,) = said.lines()
+    shortened = re.sub(r"\b([0-9a-f]{4})0{12,28}\b", r"\1…", line)
+    at = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+    assert at.sub("at", shortened) == at.sub("at", block.code.strip())
