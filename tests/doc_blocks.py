@@ -112,3 +112,8 @@ def one(blocks: list[Block], *how: str) -> Block:
     """Return the only block with these words in its comment."""
     (block,) = (block for block in blocks if set(how) <= set(block.how))
     return block
+
+
+def prose(path: Path) -> str:
+    """Return a document without its blocks."""
+    return _BLOCK.sub("", path.read_text(encoding="utf-8"))
