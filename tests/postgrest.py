@@ -1,12 +1,15 @@
-"""PostgREST behind Supabase's gateway, as far as calls of functions go, on a real database.
+"""PostgREST behind Supabase's gateway, as far as functions and plain tables go, on a database.
 
 ``POST /rest/v1/rpc/<function>`` with named arguments runs as PostgREST runs it: a connection as
 ``authenticator``, the token's role and claims LOCAL, one transaction. Status codes and bodies are
 those of PostgREST 14's documentation. Keys: tokens signed with HS256, and ``sb_…`` keys, for which
 the gateway puts a token of its own.
 
-Not as there: there is no schema cache, a function has one signature and returns one value, and of
-``Prefer``, profiles, tables and GET nothing is served.
+Tables are read with ``select``, ``order``, ``limit`` and filters ``eq.``, and written by inserts,
+perhaps with ``resolution=merge-duplicates``; tests/integration/test_docs_js.py asks for no more.
+
+Not as there: there is no schema cache, a function has one signature, and of tables and profiles
+nothing else is served.
 """
 
 import collections
@@ -21,6 +24,7 @@ from contextlib import contextmanager
 from email.message import Message
 from http import HTTPStatus
 from typing import Any, Literal
+from urllib.parse import parse_qsl
 from uuid import UUID
 
 import jwt
@@ -28,11 +32,12 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-Answer = tuple[int, Mapping[str, Any]]
+Answer = tuple[int, Any]
 # A status is a gateway's, with a page for people; "request" and "answer" say what gets lost.
 Fault = int | Literal["request", "answer", "wait", "gateway"]
 
-RPC = "/rest/v1/rpc/"
+REST = "/rest/v1/"
+RPC = f"{REST}rpc/"
 # https://docs.postgrest.org/en/v14/references/errors.html, the first that fits; others are 400.
 STATUSES = {
     "08": 503, "09": 500, "0L": 403, "0P": 403, "23503": 409, "23505": 409, "25006": 405,
@@ -41,9 +46,15 @@ STATUSES = {
     "P0": 500, "XX": 500, "42883": 404, "42P01": 404, "42P17": 500,
 }  # fmt: skip
 FUNCTION = """
-    select p.proargnames, array(select format_type(t, null) from unnest(p.proargtypes) t),
-           p.pronargs - p.pronargdefaults
+    select p.proargnames[:p.pronargs],
+           array(select format_type(t, null) from unnest(p.proargtypes) t),
+           p.pronargs - p.pronargdefaults, p.proretset
       from pg_proc p where p.pronamespace = 'public'::regnamespace and p.proname = %s
+"""
+PRIMARY_KEY = """
+    select a.attname from pg_index i
+      join pg_attribute a on a.attrelid = i.indrelid and a.attnum = any (i.indkey)
+     where i.indrelid = %s::regclass and i.indisprimary
 """
 
 
@@ -88,6 +99,8 @@ class LocalSupabase:
             return HTTPStatus.UNAUTHORIZED, _error("PGRST301", "JWT cryptographic operation failed")
         if claims.get("exp", time.time()) < time.time() - 30:
             return HTTPStatus.UNAUTHORIZED, _error("PGRST303", "JWT expired")
+        if not path.startswith(RPC):
+            return self._table(path.removeprefix(REST), headers, body, claims)
         try:
             arguments = json.loads(body)
         except ValueError:
@@ -103,18 +116,13 @@ class LocalSupabase:
 
     def _call(self, function: str, arguments: dict[str, Any], claims: dict[str, Any]) -> Answer:
         role = claims.get("role", "anon")
-        url = make_conninfo(self.database, user="authenticator")
         try:
-            with psycopg.connect(url) as conn:
+            with self._acting_as(claims) as conn:
                 found = conn.execute(FUNCTION, (function,)).fetchone()
-                if not found or not set(found[0][: found[2]]) <= set(arguments) <= set(found[0]):
+                names = (found[0] or []) if found else []
+                if not found or not set(names[: found[2]]) <= set(arguments) <= set(names):
                     return HTTPStatus.NOT_FOUND, _not_found(function, arguments)
-                conn.execute(
-                    "select set_config('role', %s, true),"
-                    " set_config('request.jwt.claims', %s, true)",
-                    (role, json.dumps(claims)),
-                )
-                types = dict(zip(found[0], found[1], strict=True))
+                types = dict(zip(names, found[1], strict=True))
                 columns = [
                     sql.SQL("{} " + types[name]).format(sql.Identifier(name)) for name in arguments
                 ]
@@ -127,16 +135,103 @@ class LocalSupabase:
                     sql.Identifier(function),
                     sql.SQL(", ").join(named),
                 )
-                row = conn.execute(query, (json.dumps(arguments),)).fetchone()
-                assert row is not None
-                return HTTPStatus.OK, row[0]
+                rows = [row[0] for row in conn.execute(query, (json.dumps(arguments),))]
+                return HTTPStatus.OK, rows if found[3] else rows[0]
         except psycopg.Error as exc:
-            problem = exc.diag
-            code = problem.sqlstate or "PGRST001"
-            body = _error(
-                code, problem.message_primary, problem.message_detail, problem.message_hint
+            return _refused(exc, role)
+
+    @contextmanager
+    def _acting_as(self, claims: Mapping[str, Any]) -> Iterator[psycopg.Connection]:
+        """Yield a transaction with the token's role and claims."""
+        url = make_conninfo(self.database, user="authenticator")
+        with psycopg.connect(url) as conn:
+            conn.execute(
+                "select set_config('role', %s, true), set_config('request.jwt.claims', %s, true)",
+                (claims.get("role", "anon"), json.dumps(claims)),
             )
-            return _status(code, anonymous=role == "anon"), body
+            yield conn
+
+    def _table(self, path: str, headers: Message, body: bytes, claims: Mapping[str, Any]) -> Answer:
+        table, _, text = path.partition("?")
+        asked = dict(parse_qsl(text))
+        values = (json.dumps(_rows(body)),) if body else ()
+        try:
+            with self._acting_as(claims) as conn:
+                if body:
+                    keys = [row[0] for row in conn.execute(PRIMARY_KEY, (f"public.{table}",))]
+                    asked.setdefault("on_conflict", ",".join(keys))
+                    query = _insert(table, asked, headers, body)
+                else:
+                    query = _select(table, asked)
+                cursor = conn.execute(query, values)
+                rows = [row[0] for row in cursor] if cursor.description else []
+        except psycopg.Error as exc:
+            return _refused(exc, claims.get("role", "anon"))
+        if headers.get("accept") == "application/vnd.pgrst.object+json":
+            if len(rows) != 1:
+                message = "Cannot coerce the result to a single JSON object"
+                return HTTPStatus.NOT_ACCEPTABLE, _error("PGRST116", message)
+            return HTTPStatus.OK, rows[0]
+        return HTTPStatus.CREATED if body else HTTPStatus.OK, rows
+
+
+def _columns(asked: Mapping[str, str]) -> sql.Composed:
+    names = asked.get("select", "*").split(",")
+    return sql.SQL(", ").join(
+        sql.SQL("*") if name == "*" else sql.Identifier(name) for name in names
+    )
+
+
+def _select(table: str, asked: Mapping[str, str]) -> sql.Composed:
+    """Translate a query; what is not known here is a column, which then has to be compared."""
+    conditions = [
+        sql.SQL("{} = {}").format(sql.Identifier(name), value.removeprefix("eq."))
+        for name, value in asked.items()
+        if name not in {"select", "order", "limit"}
+    ]
+    query = sql.SQL("select {} from public.{} where {}").format(
+        _columns(asked),
+        sql.Identifier(table),
+        sql.SQL(" and ").join([sql.SQL("true"), *conditions]),
+    )
+    if "order" in asked:
+        name, _, direction = asked["order"].partition(".")
+        query += sql.SQL(" order by {} " + {"desc": "desc"}.get(direction, "asc")).format(
+            sql.Identifier(name)
+        )
+    if "limit" in asked:
+        query += sql.SQL(" limit {}").format(int(asked["limit"]))
+    return sql.SQL("select to_json(found) from ({}) found").format(query)
+
+
+def _rows(body: bytes) -> list[dict[str, Any]]:
+    said = json.loads(body)
+    return said if isinstance(said, list) else [said]
+
+
+def _insert(table: str, asked: Mapping[str, str], headers: Message, body: bytes) -> sql.Composed:
+    prefer = headers.get("prefer", "")
+    names = [sql.Identifier(name) for name in _rows(body)[0]]
+    query = sql.SQL(
+        "insert into public.{0} ({1}) select {1} from json_populate_recordset(null::public.{0}, %s)"
+    ).format(sql.Identifier(table), sql.SQL(", ").join(names))
+    if "resolution=merge-duplicates" in prefer:
+        keys = asked["on_conflict"].split(",")
+        query += sql.SQL(" on conflict ({}) do update set {}").format(
+            sql.SQL(", ").join(map(sql.Identifier, keys)),
+            sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(name) for name in names),
+        )
+    if "return=representation" in prefer:
+        query += sql.SQL(" returning {}").format(_columns(asked))
+        return sql.SQL("with made as ({}) select to_json(made) from made").format(query)
+    return query
+
+
+def _refused(exc: psycopg.Error, role: str) -> Answer:
+    problem = exc.diag
+    code = problem.sqlstate or "PGRST001"
+    body = _error(code, problem.message_primary, problem.message_detail, problem.message_hint)
+    return _status(code, anonymous=role == "anon"), body
 
 
 def _error(
@@ -171,9 +266,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        self.do_POST()
+
     def do_POST(self) -> None:
         project = self.server.project
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
         project.requests.append(dict(self.headers))
         fault = project.faults.popleft() if project.faults else None
         if isinstance(fault, int):

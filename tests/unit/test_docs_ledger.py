@@ -25,7 +25,10 @@ Kind = tuple[str, str]
 def taken(modules: Iterable[Path]) -> Iterator[tuple[Kind, str]]:
     """Yield the kinds that modules take at their top level, and which module it was."""
     for path in modules:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not any(f"{take}(" in text for take in TAKES):
+            continue
+        tree = ast.parse(text)
         for statement in tree.body:
             if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import click
 import pytest
@@ -18,6 +17,7 @@ from starlette.routing import BaseRoute, Match
 from jobs.cli import main
 from jobs.settings import CallSettings, ClientSettings, Settings, TokenSettings
 from modal_functions.config import Config
+from modal_functions.errors import PreparedAudioGone, TranscriptionError
 from tests.command_lines import filled
 from tests.doc_blocks import REPO, documents, prose
 from tests.unit.test_docs_commands import check_make, check_python
@@ -54,8 +54,8 @@ def anchors(path: Path) -> frozenset[str]:
     seen = Counter[str]()
     found = set()
     for _, title in HEADING.findall(prose(path)):
-        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
-        slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
         found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
     return frozenset(found)
@@ -132,7 +132,7 @@ def test_files_are_there(path: Path) -> None:
 
 
 def check_named(program: click.Command, words: Sequence[str]) -> None:
-    """Check that a command, which may be named without its arguments, is there and has the options."""
+    """Check that a command, perhaps named without its arguments, is there and has the options."""
     left = [*words]
     while isinstance(program, click.Group) and left and not left[0].startswith("-"):
         found = program.get_command(click.Context(program), left[0])
@@ -169,7 +169,7 @@ def test_commands_are_there(path: Path) -> None:
     "code", ["pgscribe wrker", "pgscribe keys mak", "pgscribe deploy --chek", "pgscribe keys --x"]
 )
 def test_commands_that_are_not_there_are_found(code: str) -> None:
-    with pytest.raises(AssertionError, match="no such option|no command"):
+    with pytest.raises(AssertionError, match=r"no such option|no command"):
         check_named(main, named(code)[1:])
 
 
@@ -219,3 +219,5 @@ def test_error_codes_are_there() -> None:
     }
     assert len(codes) == len(set(codes)) > 20
     assert set(codes) <= given
+    of_recordings = {error.code for error in TranscriptionError.__subclasses__()}
+    assert of_recordings - {PreparedAudioGone.code} <= set(codes), "that is prepared again"
