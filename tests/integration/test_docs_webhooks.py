@@ -41,7 +41,7 @@ def pgscribe(*arguments: object) -> str:
 
 
 def test_each_block_is_run() -> None:
-    assert set(BLOCKS) == {"endpoint", "commands", "receiver"}
+    assert set(BLOCKS) == {"endpoint", "commands", "receiver", "request"}
 
 
 def test_the_request_in_the_documentation(
@@ -106,10 +106,36 @@ def test_the_receiver_in_the_documentation(settings: Settings, user: UUID) -> No
     assert (attempt["attempt"], attempt["response_status"]) == (1, 204)
 
 
-async def deliver(settings: Settings, delivery: UUID) -> None:
+def test_a_request_is_as_the_documentation_has_it(
+    settings: Settings, database: str, user: UUID
+) -> None:
+    head, _, body = BLOCKS["request"].code.partition("\n\n")
+    first, *headers = head.splitlines()
+    documented = json.loads(body)
+    with receiving() as receiver, Work(database) as work:
+        pgscribe("webhooks", "create", receiver.url, "--user", user)
+        job = work.insert(user)
+        work.start(job)
+        work.execute("update processing_jobs set audio_seconds = 61.2 where id = %s", (job,))
+        work.complete(job)
+        ((delivery,),) = work.execute("select id from webhook_deliveries")
+        asyncio.run(deliver(settings, delivery, "https://api.example.org"))
+        (request,) = receiver.expect(1)
+    told = json.loads(request.body)
+    assert request.body.decode().startswith('{"data": {"attempt": 1, ')
+    assert list(told) == list(documented)
+    assert list(told["data"]) == list(documented["data"])
+    assert (told["type"], told["data"]["status"]) == (documented["type"], "completed")
+    assert told["data"]["url"].startswith(documented["data"]["url"].rstrip("…"))
+    assert first.split()[0] == "POST"
+    for name, value in (line.split(": ") for line in headers):
+        assert len(request.headers[name.lower()]) == len(value), name
+
+
+async def deliver(settings: Settings, delivery: UUID, public_url: str | None = None) -> None:
     rules = Rules(networks=(ip_network("127.0.0.0/8"),))
     async with make_pool(settings, name="test") as pool:
-        await Deliverer(pool, None, rules).deliver(delivery)
+        await Deliverer(pool, public_url, rules).deliver(delivery)
 
 
 def received(block: Block, secret: str, request: Request) -> Any:
