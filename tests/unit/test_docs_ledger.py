@@ -1,6 +1,7 @@
 """No command or snippet of the documentation is without a test that runs or checks it."""
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,6 +83,12 @@ def test_each_block_is_run_or_checked_by_a_test() -> None:
     assert {"README.md", "docs/rest.md", "docs/decisions/0003-calls.md"} <= {
         block.document for block in blocks
     }
+
+
+def test_contributors_are_told_of_each_kind() -> None:
+    text = (REPO / "docs" / "contributing.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(?:(?:run|check): )?([a-z]+)(?:[ =][^`]*)?`", text))
+    assert {kind for (_, kind), _ in taken(modules())} <= told
 
 
 DOCUMENT = """

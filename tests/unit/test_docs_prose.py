@@ -50,9 +50,9 @@ def inline(path: Path) -> Iterator[str]:
 
 @cache
 def anchors(path: Path) -> frozenset[str]:
-    """Return what GitHub makes of a document's headings."""
+    """Return what GitHub makes of a document's headings, and the anchors that it sets itself."""
     seen = Counter[str]()
-    found = set()
+    found = set(re.findall(r'<a (?:id|name)="([^"]+)"', prose(path)))
     for _, title in HEADING.findall(prose(path)):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
         slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
