@@ -15,9 +15,12 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match
 
 from jobs.cli import main
+from jobs.errors import PgscribeError
+from jobs.scopes import Scope
 from jobs.settings import CallSettings, ClientSettings, Settings, TokenSettings
 from modal_functions.config import Config
 from modal_functions.errors import PreparedAudioGone, TranscriptionError
+from modal_functions.transcript import TranscriptionOptions
 from tests.command_lines import filled
 from tests.doc_blocks import REPO, documents, prose
 from tests.unit.test_docs_commands import check_make, check_python
@@ -201,15 +204,12 @@ def test_requests_without_a_route_are_found(app: Starlette) -> None:
     assert not routed(app.routes, "PUT", f"/jobs/{ID}")
 
 
-# The README's lists ------------------------------------------------------------------------------
+# Lists ------------------------------------------------------------------------------
 
 
 def test_error_codes_are_there() -> None:
-    """Each code that the README lists is one that something gives."""
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    listed = re.search(r"with a stable `error_code`:(.*?)\. Errors that may pass", text, re.DOTALL)
-    assert listed is not None
-    codes = CODE.findall(listed[1])
+    """Each code that is listed is one that something gives."""
+    codes = CODE.findall(behind("with a stable `error_code`:").partition(". ")[0])
     sources = [*REPO.glob("jobs/**/*.py"), *REPO.glob("modal_functions/*.py"),
                *REPO.glob("db/migrations/*.sql")]  # fmt: skip
     given = {
@@ -221,3 +221,53 @@ def test_error_codes_are_there() -> None:
     assert set(codes) <= given
     of_recordings = {error.code for error in TranscriptionError.__subclasses__()}
     assert of_recordings - {PreparedAudioGone.code} <= set(codes), "that is prepared again"
+
+
+def behind(words: str) -> str:
+    """Return what the only document with these words has behind them."""
+    (text,) = (found for path in DOCUMENTS if words in (found := path.read_text(encoding="utf-8")))
+    return text.partition(words)[2]
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """Return the rows of the table that begins so: what is in the first column, and the others."""
+    rows = behind(f"\n{heading}").partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows]
+    assert cells, heading
+    return {first.strip("`"): rest for first, *rest in cells}
+
+
+def test_the_options_are_all_there_are() -> None:
+    options = {field.name for field in fields(TranscriptionOptions)}
+    assert set(table("| option | values |")) == options
+    told = behind("\n| `options` | `model`, ").partition(" |")[0].partition(":")[0]
+    assert {"model", *CODE.findall(told)} == options
+
+
+def test_the_scopes_are_all_there_are() -> None:
+    told = behind("\nScopes: ").partition(". ")[0]
+    assert CODE.findall(told) == [scope.value for scope in Scope]
+
+
+def test_what_is_deployed_has_the_defaults_that_are_documented() -> None:
+    told = table("| variable | default | allowed |")
+    known = {f"PGSCRIBE_MODAL_{field.name.upper()}": str(field.default) for field in fields(Config)}
+    assert {name: default.strip("` ") for name, (default, *_) in told.items()} == known
+
+
+def test_error_codes_of_requests_are_there() -> None:
+    text = (REPO / "docs" / "rest.md").read_text(encoding="utf-8")
+    codes = {
+        code
+        for row in re.findall(r"(?m)^\| \d{3} \| ([^|]+) \|", text)
+        for code in CODE.findall(row)
+    }
+    known = {error.code for error in every_error(PgscribeError)}
+    assert len(codes) > 25
+    assert codes <= known, codes - known
+
+
+def every_error(root: type[PgscribeError]) -> Iterator[type[PgscribeError]]:
+    yield root
+    for error in root.__subclasses__():
+        yield from every_error(error)
