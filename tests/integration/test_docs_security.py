@@ -21,7 +21,7 @@ PASSES_ROW_LEVEL_SECURITY = "select rolname from pg_roles where rolbypassrls and
 
 def test_roles_have_the_rights_of_the_table(conn: psycopg.Connection) -> None:
     table = DOCUMENT.read_text(encoding="utf-8").partition("<!-- rights -->\n")[2]
-    told = {}
+    told: dict[tuple[str, str], str] = {}
     for line in table.partition("\n\n")[0].splitlines()[2:]:
         name, users, services = (cell.strip() for cell in line.strip("|").split("|"))
         rights = {"anon": "", "authenticated": users, "service_role": services}

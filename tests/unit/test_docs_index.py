@@ -21,7 +21,7 @@ def documents() -> list[Path]:
 
 
 def prose(path: Path) -> str:
-    """Return a document without its blocks of code, in which there may be what looks like a link."""
+    """Return a document without its blocks of code, which may hold what looks like a link."""
     return _BLOCK.sub("", path.read_text(encoding="utf-8"))
 
 
