@@ -1,5 +1,6 @@
 """What the sections of ``python -m benchmarks`` return; report.py makes the report of it."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +22,29 @@ class Measurement:
     values: Mapping[str, Sequence[float]]
     baseline: str | None = None
     note: str = ""
+    headline: bool = False  # Is in the report's summary, too.
+
+    def __post_init__(self) -> None:
+        rounds = {len(figures) for figures in self.values.values()}
+        if len(rounds) != 1 or 0 in rounds:
+            raise ValueError(f"{self.id}: each system needs one figure per round, not {rounds}")
+        if self.baseline is not None and self.baseline not in self.values:
+            raise ValueError(f"{self.id}: the baseline {self.baseline} was not measured")
+
+    def median(self, system: str) -> float:
+        """Return the median of the system's rounds."""
+        return statistics.median(self.values[system])
+
+    def ratio(self, system: str) -> float | None:
+        """Return the median of the ratios to the baseline within a round, if there are any."""
+        if self.baseline is None or system == self.baseline or not all(self.values[self.baseline]):
+            return None
+        pairs = zip(self.values[system], self.values[self.baseline], strict=True)
+        return statistics.median(figure / baseline for figure, baseline in pairs)
+
+    def from_best(self) -> list[str]:
+        """Return the systems, the best median first."""
+        return sorted(self.values, key=self.median, reverse=self.better == "higher")
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ class Section:
     measurements: Sequence[Measurement]
     plots: Sequence[Plot] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)  # system -> why it was not measured
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what was compared here
 
 
 # Measures with so many rounds; ``quick`` with sizes that only show that it works.

@@ -1,0 +1,108 @@
+"""Pictures of figures: SVG whose text is text, to be read on white and on black."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.figures import Measurement, Plot
+
+INK = "#737d88"  # As far from white as from GitHub's black.
+COLOURS = ("#e5484d", "#3e8fd9", "#12a594", "#d98f00", "#9a6dd7", "#8b8d98", "#d6609e", "#5b8c2a")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pgscribe",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+WIDTH, HEIGHT, LINE = 7.5, 3.2, 0.17  # inches
+GROUP = 0.84  # of the place of a group of bars
+
+
+def draw(plot: Plot, measurements: Sequence[Measurement]) -> str:
+    """Return a plot as SVG."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        (bars if plot.kind == "bars" else curves)(axes, measurements)
+        if plot.logarithmic:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        better = {measurement.better for measurement in measurements}
+        hint = f" ({better.pop()} is better)" if len(better) == 1 else ""
+        axes.set_title(plot.title + hint, loc="left")
+        axes.set_ylabel(next((measurement.unit for measurement in measurements), ""))
+        axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def bars(axes: Axes, measurements: Sequence[Measurement]) -> None:
+    """Draw a group for each measurement and a bar for each system, with the rounds' spread."""
+    systems = list(dict.fromkeys(system for m in measurements for system in m.values))
+    width = GROUP / max(len(systems), 1)
+    for place, system in enumerate(systems):
+        there = [(group, m) for group, m in enumerate(measurements) if system in m.values]
+        medians = [m.median(system) for _, m in there]
+        axes.bar(
+            [group + (place + 0.5) * width - GROUP / 2 for group, _ in there],
+            medians,
+            width * 0.92,
+            label=system,
+            color=COLOURS[place % len(COLOURS)],
+            yerr=spread([m.values[system] for _, m in there], medians),
+            error_kw={"ecolor": INK, "elinewidth": 0.9},
+        )
+    axes.set_xticks(range(len(measurements)), [m.what for m in measurements])
+
+
+def curves(axes: Axes, measurements: Sequence[Measurement]) -> None:
+    """Draw a line for each measurement over its systems, which are numbers."""
+    for place, measurement in enumerate(measurements):
+        ordered = sorted(measurement.values, key=as_number)
+        medians = [measurement.median(system) for system in ordered]
+        axes.errorbar(
+            [as_number(system) for system in ordered],
+            medians,
+            yerr=spread([measurement.values[system] for system in ordered], medians),
+            label=measurement.what,
+            color=COLOURS[place % len(COLOURS)],
+            marker="o",
+            markersize=4,
+            elinewidth=0.9,
+        )
+    axes.set_xscale("log")
+    ticks = sorted({system for m in measurements for system in m.values}, key=as_number)
+    axes.set_xticks([as_number(system) for system in ticks], ticks)
+    axes.minorticks_off()
+
+
+def spread(rounds: Sequence[Sequence[float]], medians: Sequence[float]) -> list[list[float]]:
+    """Return how far below and above the medians the rounds reach."""
+    pairs = list(zip(rounds, medians, strict=True))
+    return [
+        [median - min(figures) for figures, median in pairs],
+        [max(figures) - median for figures, median in pairs],
+    ]
+
+
+def as_number(system: str) -> float:
+    """Return the number at the start of a system's name, such as of ``10,000 rows``."""
+    return float(system.split(maxsplit=1)[0].replace(",", ""))
