@@ -30,7 +30,6 @@ import click
 import jiwer
 import psycopg
 
-from benchmarks.queue import connect
 from db import migrate
 from db.embedded import EmbeddedPostgres
 from jobs.compute.base import Outcome, Prepare, Transcribe
@@ -63,7 +62,10 @@ def hold_calls(count: int) -> dict[str, float]:
             ):
                 migrate.migrate(server.url())
                 modal.control.pause()
-                with connect(server.url()) as conn, worker(server.url(), modal, count) as process:
+                with (
+                    psycopg.connect(server.url(), autocommit=True) as conn,
+                    worker(server.url(), modal, count) as process,
+                ):
                     insert(conn, count)
                     modal.control.wait("spawned", count)
                     modal.control.wait_for_requests("FunctionGetOutputs", count)

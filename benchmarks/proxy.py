@@ -1,8 +1,9 @@
-"""A TCP proxy for Postgres that delays and counts: ``python -m benchmarks.proxy PORT SECONDS``.
+"""A TCP proxy that delays and counts: ``python -m benchmarks.proxy PORT SECONDS``.
 
 It prints the port that it listens on. Whatever comes arrives SECONDS later, in each direction; any
 amount may be on its way meanwhile, so it adds round-trip time but does not limit throughput. For
 each line on its standard input it prints how many statements it has passed on; it ends with it.
+With ``--uncounted`` it passes on any protocol, otherwise that of Postgres.
 """
 
 import asyncio
@@ -83,7 +84,7 @@ async def _pump(
         writer.write(data)
 
 
-async def _serve(port: int, delay: float) -> None:
+async def _serve(port: int, delay: float, *, counted: bool) -> None:
     counters: list[StatementCounter] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,7 +92,7 @@ async def _serve(port: int, delay: float) -> None:
         counter = StatementCounter()
         counters.append(counter)
         await asyncio.gather(
-            _pump(reader, DelayedWriter(server_writer, delay), counter.feed),
+            _pump(reader, DelayedWriter(server_writer, delay), counter.feed if counted else None),
             _pump(server_reader, DelayedWriter(writer, delay), None),
         )
 
@@ -108,11 +109,12 @@ async def _serve(port: int, delay: float) -> None:
 @click.command()
 @click.argument("port", type=int)
 @click.argument("delay", type=float)
-def main(port: int, delay: float) -> None:
+@click.option("--counted/--uncounted", default=True)
+def main(port: int, delay: float, *, counted: bool) -> None:
     """Pass connections on to PORT on loopback, each way DELAY seconds late."""
     # The default selector rounds up to whole milliseconds.
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
-    loop.run_until_complete(_serve(port, delay))
+    loop.run_until_complete(_serve(port, delay, counted=counted))
 
 
 if __name__ == "__main__":

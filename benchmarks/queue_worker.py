@@ -1,25 +1,22 @@
-"""A worker process for ``benchmarks.queue``: pgscribe's, or plain procrastinate's.
+"""The processes of pgscribe and of plain procrastinate in ``benchmarks.queue``.
 
-With ``--jobs`` it drains that many no-op jobs and prints how long that took, from the start of the
-worker to the commit of the last end. Without, it prints when it starts each job, and when one ends
-that takes time. It ends with its standard input, so never later than the benchmark.
+``python -m benchmarks.queue_worker SYSTEM ROLE``; queue_child.py has the roles.
 """
 
 import asyncio
-import json
-import logging
-import os
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import UUID, uuid4
 
-import click
 import procrastinate
 import psycopg
+from psycopg.conninfo import make_conninfo
 
+from benchmarks.queue_child import Drained, Producer, System, Work, run, say
+from db import migrate
 from jobs import database
 from jobs.errors import EngineCrashed
 from jobs.queue import QUEUE_NAME
@@ -27,17 +24,14 @@ from jobs.settings import Settings
 from jobs.tasks import TASK_NAME
 from jobs.worker import make_app
 
-UNFINISHED = {
-    "pgscribe": "select exists (select from procrastinate.procrastinate_jobs"
-    " where status in ('todo', 'doing'))",
-    "procrastinate": "select exists (select from procrastinate_jobs"
-    " where status in ('todo', 'doing'))",
-}
+OWNERS = [UUID(int=number) for number in range(1, 11)]
 HANG = 3600.0  # seconds
 WHILE = 0.1  # seconds
+STALL_TIMEOUT = 30.0  # pgscribe's default
 
 RunJob = Callable[[procrastinate.JobContext], Awaitable[object]]
 RunWorker = Callable[[], Coroutine[Any, Any, None]]
+Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 class Transcript:
@@ -48,6 +42,77 @@ class Transcript:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON."""
         return {"text": "hello", "segments": [], "language": "en"}
+
+
+def without_negotiation(url: str) -> str:
+    """Return a URL whose first message is the start-up message, which the proxy counts on."""
+    return make_conninfo(url, gssencmode="disable")
+
+
+async def install_pgscribe(url: str) -> None:
+    """Migrate, and add owners."""
+    migrate.migrate(url)
+    with psycopg.connect(url) as conn:
+        conn.execute(
+            "insert into auth.users (id, email) select id, id || '@example.org'"
+            " from unnest(%s::uuid[]) id",
+            (OWNERS,),
+        )
+
+
+async def install_procrastinate(url: str) -> None:
+    """Install procrastinate's schema, in the schema that it likes best."""
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=url))
+    async with app.open_async():
+        await app.schema_manager.apply_schema_async()
+
+
+def insert_rows(conn: Connection, number: int) -> None:
+    """Insert rows of ``processing_jobs`` as a client would."""
+    rows = [(OWNERS[n % len(OWNERS)], f"{OWNERS[n % len(OWNERS)]}/a.mp3") for n in range(number)]
+    if number == 1:
+        conn.execute(
+            "insert into public.processing_jobs (user_id, file_path) values (%s, %s)", rows[0]
+        )
+        return
+    conn.execute(
+        "insert into public.processing_jobs (user_id, file_path)"
+        " select * from unnest(%s::uuid[], %s::text[])",
+        tuple(map(list, zip(*rows, strict=True))),
+    )
+
+
+def defer_jobs(conn: Connection, number: int) -> None:
+    """Insert with the function that procrastinate's App calls."""
+    conn.execute(
+        "select procrastinate_defer_jobs_v1(array_agg(row('transcription', 'transcribe', 0,"
+        " null, null, jsonb_build_object('processing_job_id', id), null)"
+        "::procrastinate_job_to_defer_v1)) from unnest(%s::text[]) id",
+        ([str(uuid4()) for _ in range(number)],),
+    )
+
+
+class SqlProducer:
+    """Enqueues by SQL."""
+
+    def __init__(self, url: str, insert: Callable[[Connection, int], None]) -> None:
+        self._conn: Connection = psycopg.connect(url, autocommit=True)
+        self._insert = insert
+
+    async def insert(self, number: int) -> None:
+        """Enqueue so many jobs in one statement."""
+        self._insert(self._conn, number)
+
+    async def commit(self) -> tuple[float, float]:
+        """Enqueue one; return when its commit was sent and when that had returned."""
+        with self._conn.transaction():
+            self._insert(self._conn, 1)
+            committing = time.monotonic()
+        return committing, time.monotonic()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        self._conn.close()
 
 
 def add_task(app: procrastinate.App, run_job: RunJob) -> None:
@@ -67,138 +132,124 @@ def add_task(app: procrastinate.App, run_job: RunJob) -> None:
 
 
 @asynccontextmanager
-async def pgscribe(
-    url: str, concurrency: int, stall_timeout: float, run_job: RunJob
-) -> AsyncIterator[RunWorker]:
+async def pgscribe(work: Work, run_job: RunJob) -> AsyncIterator[RunWorker]:
     """Provide pgscribe's worker."""
     settings = Settings.load(
-        database_url=url, worker_concurrency=concurrency, stall_timeout=stall_timeout
+        database_url=without_negotiation(work.url),
+        worker_concurrency=work.concurrency,
+        stall_timeout=work.stall or STALL_TIMEOUT,
     )
     pool = database.make_pool(settings, name="benchmark", for_queue=True)
     app = make_app(settings)
     async with pool, app.open_async(pool):
         add_task(app, run_job)
-        yield app.new_worker(concurrency=concurrency).run
+        yield app.new_worker(concurrency=work.concurrency).run
 
 
 @asynccontextmanager
-async def plain(
-    url: str, concurrency: int, _stall_timeout: float, run_job: RunJob
-) -> AsyncIterator[RunWorker]:
+async def plain(work: Work, run_job: RunJob) -> AsyncIterator[RunWorker]:
     """Provide the worker that procrastinate comes with, as it comes."""
-    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=url))
+    connector = procrastinate.PsycopgConnector(conninfo=without_negotiation(work.url))
+    app = procrastinate.App(connector=connector)
     async with app.open_async():
         add_task(app, run_job)
-        yield lambda: app.run_worker_async(concurrency=concurrency)
+        yield lambda: app.run_worker_async(concurrency=work.concurrency)
 
 
-SYSTEMS = {"pgscribe": pgscribe, "procrastinate": plain}
+OpenWorker = Callable[[Work, RunJob], Any]
 
 
-async def drain(system: str, url: str, concurrency: int, stall_timeout: float, jobs: int) -> None:
-    """Run ``jobs`` no-op jobs; print the seconds that took, and the processor's."""
-    started, all_started = 0, asyncio.Event()
-    transcript = Transcript()
+async def work_on(open_worker: OpenWorker, jobs_table: str, work: Work) -> None:
+    """Drain the queue, or say when each job starts."""
+    await (drain(open_worker, jobs_table, work) if work.jobs else serve(open_worker, work))
+
+
+async def drain(open_worker: OpenWorker, jobs_table: str, work: Work) -> None:
+    """Run no-op jobs."""
+    drained, transcript = Drained(work.jobs), Transcript()
+    unfinished = f"select exists (select from {jobs_table} where status in ('todo', 'doing'))"  # noqa: S608
 
     async def run_job(_: procrastinate.JobContext) -> object:
-        nonlocal started
-        started += 1
-        if started == jobs:
-            all_started.set()
+        drained.start()
         return transcript
 
     async with (
-        SYSTEMS[system](url, concurrency, stall_timeout, run_job) as run_worker,
-        await psycopg.AsyncConnection.connect(url, autocommit=True) as conn,
+        open_worker(work, run_job) as run_worker,
+        await psycopg.AsyncConnection.connect(work.url, autocommit=True) as conn,
     ):
-        begin, cpu = time.perf_counter(), time.process_time()
+
+        async def is_unfinished() -> bool:
+            row = await (await conn.execute(unfinished.encode())).fetchone()
+            return row is not None and bool(row[0])
+
+        begin = time.monotonic()
         worker = asyncio.create_task(run_worker())
-        await all_started.wait()
-        await until_finished(conn, system)
-        say({"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu})
+        await drained.wait(begin, is_unfinished)
         await worker
 
 
-async def until_finished(conn: psycopg.AsyncConnection[Any], system: str) -> None:
-    """Wait for the last commit."""
-    unfinished = True
-    while unfinished:
-        row = await (await conn.execute(UNFINISHED[system].encode())).fetchone()
-        assert row is not None
-        (unfinished,) = row
-        await asyncio.sleep(0.002)
-
-
-async def hang(context: procrastinate.JobContext) -> None:
-    """First attempts never end."""
-    if context.job.attempts == 0:
-        await asyncio.sleep(HANG)
+async def hang(_: procrastinate.JobContext) -> None:
+    """Never end."""
+    await asyncio.sleep(HANG)
 
 
 async def fail(context: procrastinate.JobContext) -> None:
-    """First attempts fail."""
+    """Fail at first."""
     if context.job.attempts == 0:
         raise EngineCrashed
 
 
 async def take_time(_: procrastinate.JobContext) -> None:
-    """Each attempt takes a while."""
+    """Take a while."""
     await asyncio.sleep(WHILE)
     say({"ended": time.monotonic()})
 
 
 async def nothing(_: procrastinate.JobContext) -> None:
-    """Jobs do nothing."""
+    """Do nothing."""
 
 
 BEHAVIOURS = {"hang": hang, "fail": fail, "take-time": take_time, "nothing": nothing}
 
 
-async def serve(
-    system: str, url: str, concurrency: int, stall_timeout: float, behaviour: str
-) -> None:
-    """Print when each job starts."""
+async def serve(open_worker: OpenWorker, work: Work) -> None:
+    """Say when each job starts."""
     transcript = Transcript()
 
     async def run_job(context: procrastinate.JobContext) -> object:
         say({"started": time.monotonic()})
-        await BEHAVIOURS[behaviour](context)
+        await BEHAVIOURS[work.behaviour](context)
         return transcript
 
-    async with SYSTEMS[system](url, concurrency, stall_timeout, run_job) as run_worker:
+    async with open_worker(work, run_job) as run_worker:
+        say({"ready": True})
         await run_worker()
 
 
-def say(message: dict[str, Any]) -> None:
-    """Tell the benchmark."""
-    click.echo(json.dumps(message))
+def by_sql(insert: Callable[[Connection, int], None]) -> Callable[[str], Awaitable[Producer]]:
+    """Return what connects a producer."""
+
+    async def connect(url: str) -> Producer:
+        return SqlProducer(url, insert)
+
+    return connect
 
 
-def end_with_stdin() -> None:
-    """Exit when whoever started this process closes the pipe, or is gone."""
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
-@click.command()
-@click.argument("system", type=click.Choice(list(SYSTEMS)))
-@click.option("--url", required=True)
-@click.option("--concurrency", type=int, required=True)
-@click.option("--jobs", type=int)
-@click.option("--stall-timeout", type=float, default=30.0)
-@click.option("--behaviour", type=click.Choice(list(BEHAVIOURS)), default="nothing")
-def main(  # noqa: PLR0913, PLR0917 - one per option
-    system: str, url: str, concurrency: int, jobs: int | None, stall_timeout: float, behaviour: str
-) -> None:
-    """Work."""
-    logging.basicConfig(level=logging.ERROR)
-    threading.Thread(target=end_with_stdin, daemon=True).start()
-    asyncio.run(
-        drain(system, url, concurrency, stall_timeout, jobs)
-        if jobs
-        else serve(system, url, concurrency, stall_timeout, behaviour)
-    )
+SYSTEMS = {
+    "pgscribe": System(
+        packages=(),
+        install=install_pgscribe,
+        connect=by_sql(insert_rows),
+        work=lambda work: work_on(pgscribe, "procrastinate.procrastinate_jobs", work),
+    ),
+    "procrastinate": System(
+        packages=("procrastinate",),
+        install=install_procrastinate,
+        connect=by_sql(defer_jobs),
+        work=lambda work: work_on(plain, "procrastinate_jobs", work),
+    ),
+}
 
 
 if __name__ == "__main__":
-    main()
+    run(SYSTEMS[sys.argv[1]], sys.argv[2:])
