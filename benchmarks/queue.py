@@ -78,7 +78,7 @@ side by side.
 
 LEFT_OUT = {
     "procrastinate, recovery": "nothing gives a dead worker's jobs back by itself; its guide shows"
-    " a periodic task that does, every ten minutes.",
+    " a periodic task that does.",
     "graphile-worker, recovery": "a dead worker's jobs run again after four hours, says its"
     " documentation, and no option changes that (its paid Worker Pro recovers sooner).",
     "pg-boss, recovery by default": "after `expireInSeconds`, 15 minutes, says its documentation.",

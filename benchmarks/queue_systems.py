@@ -81,8 +81,8 @@ def available() -> tuple[list[System], dict[str, str]]:
         of_python("pgqueuer", "benchmarks.peers.pgqueuer_child", **of_pgqueuer),
         of_node("graphile-worker", "graphile-worker.mjs", recovers=False, shortest_stall=None),
         of_node("pg-boss", "pg-boss.mjs", recovers=False, shortest_stall=10),
-        of_node("BullMQ, fsync always", "bullmq.mjs", fsync="always"),
-        of_node("BullMQ, everysec", "bullmq.mjs", fsync="everysec"),
+        of_node("BullMQ (fsync always)", "bullmq.mjs", fsync="always"),
+        of_node("BullMQ (everysec)", "bullmq.mjs", fsync="everysec"),
     ]
     missing = {system.name: why for system in systems if (why := lacks(system))}
     return [system for system in systems if system.name not in missing], missing

@@ -2,22 +2,19 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from benchmarks.figures import Measurement, Section
+from benchmarks.figures import Measurement, Plot, Section
 from benchmarks.machine import Machine
 from benchmarks.plots import draw
 
 FIGURES, REPORT, PLOTS = "report.json", "report.md", "plots"
 BETTER = {"higher": "↑", "lower": "↓"}
 DIGITS, RATIO_DIGITS, MOST_DECIMALS = 3, 2, 4
-# In a link's text: not within a word such as p99.
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?x?(?![\w])")
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,15 @@ class Report:
     sections: Sequence[Section] = ()
     errors: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        anchors = [
+            anchor
+            for section in self.sections
+            for anchor in (section.id, *(line.id for line in section.measurements))
+        ]
+        if twice := sorted({anchor for anchor in anchors if anchors.count(anchor) > 1}):
+            raise ValueError(f"Ids must be unique in the whole report: {', '.join(twice)}")
 
     def problems(self) -> dict[str, str]:
         """Return why each section that was asked for is missing."""
@@ -66,13 +72,26 @@ def write(folder: Path) -> None:
 
 def render(report: Report) -> dict[str, str]:
     """Return the report's files: their names and what is in them."""
-    files = {REPORT: "\n".join(lines(report)).rstrip() + "\n"}
+    files = {REPORT: markdown(report)}
     for section in report.sections:
-        by_id = {measurement.id: measurement for measurement in section.measurements}
-        for plot in section.plots:
-            shown = [by_id[name] for name in plot.measurements if name in by_id]
-            files[f"{PLOTS}/{plot.id}.svg"] = draw(plot, shown)
+        for plot, measurements in pictures(section):
+            files[f"{PLOTS}/{plot.id}.svg"] = draw(
+                plot, measurements, systems(section.measurements)
+            )
     return files
+
+
+def pictures(section: Section) -> Iterator[tuple[Plot, list[Measurement]]]:
+    """Yield the plots of which something was measured."""
+    for plot in section.plots:
+        shown = [line for line in section.measurements if line.id in plot.measurements]
+        if shown:
+            yield plot, shown
+
+
+def markdown(report: Report) -> str:
+    """Return report.md."""
+    return "\n".join(lines(report)).rstrip() + "\n"
 
 
 def lines(report: Report) -> Iterator[str]:
@@ -140,7 +159,7 @@ def chapter(section: Section, seconds: float | None) -> Iterator[str]:
     for measurements in tables(section.measurements):
         yield from table(measurements)
         yield ""
-    for plot in section.plots:
+    for plot, _ in pictures(section):
         yield f"![{plot.title}]({PLOTS}/{plot.id}.svg)"
         yield ""
     if section.left_out:
@@ -234,22 +253,3 @@ def printed(figure: float, digits: int = DIGITS) -> str:
 def printed_ratio(ratio: float) -> str:
     """Return a ratio as the report prints it."""
     return f"{printed(ratio, RATIO_DIGITS)}x"
-
-
-def claimable(report: Report) -> dict[str, set[str]]:
-    """Return the report's anchors, and which numbers a link to each of them may claim."""
-    anchors: dict[str, set[str]] = {"machine": set()}
-    for section in report.sections:
-        anchors[section.id] = set()
-        for measurement in section.measurements:
-            ratios = (measurement.ratio(system) for system in measurement.values)
-            anchors[measurement.id] = {
-                *(printed(measurement.median(system)) for system in measurement.values),
-                *(printed_ratio(ratio) for ratio in ratios if ratio is not None),
-            }
-    return anchors
-
-
-def numbers(text: str) -> list[str]:
-    """Return the numbers that a link's text claims."""
-    return NUMBER.findall(text)
