@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def without_paths(text: str) -> str:
     text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
     for folder, name in (
         (REPO, "."),
+        (Path(sys.prefix), "<python>"),
         (Path(tempfile.gettempdir()), "<temporary>"),
         (Path.home(), "~"),
     ):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import click
+
 from benchmarks.figures import Measurement, Plot, Section
 from benchmarks.queue_rounds import (
     BATCH,
@@ -30,8 +32,8 @@ from benchmarks.queue_systems import (
     Places,
     System,
     available,
-    start,
     temporary_places,
+    versions,
 )
 
 METHOD = """
@@ -246,9 +248,9 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - benchmarks.f
     sizes = QUICK if quick else FULL
     systems, missing = available()
     with temporary_places() as places:
-        versions = versions_of(systems)
         comparison = Comparison(places, systems)
         for number in range(rounds):
+            click.echo(f"queue: round {number + 1} of {rounds}", err=True)
             measure_round(places, comparison, sizes, number)
         comparison.together(lambda: idle(places, comparison.systems, sizes.idle_seconds))
         shortest = {s.name: s.shortest_stall for s in systems if s.shortest_stall}
@@ -263,7 +265,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - benchmarks.f
         measurements=comparison.measurements(system.name for system in systems),
         plots=PLOTS,
         left_out={**LEFT_OUT, **missing, **comparison.failed},
-        versions=versions,
+        versions=versions(systems),
     )
 
 
@@ -280,12 +282,3 @@ def measure_round(places: Places, comparison: Comparison, sizes: Sizes, number: 
     comparison.each(
         "enqueue-batch", number, lambda s: enqueue(places, s, sizes.batches * BATCH, BATCH)
     )
-
-
-def versions_of(systems: Iterable[System]) -> dict[str, str]:
-    """Return the versions of what was compared."""
-    versions: dict[str, str] = {}
-    for system in systems:
-        with start(system, "version") as child:
-            versions.update(child.read()["versions"])
-    return versions

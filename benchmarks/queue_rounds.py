@@ -45,8 +45,9 @@ def drain(places: Places, system: System, jobs: int, concurrency: int, delay: fl
         place = stack.enter_context(places.fresh(system))
         url = place.url
         producer = places.producers[system.name]
-        producer.ask(url=url, statements=1, jobs=jobs % BATCH)
-        producer.ask(url=url, statements=jobs // BATCH, jobs=BATCH)
+        statements, rest = divmod(jobs, BATCH)
+        producer.ask(url=url, statements=statements, jobs=BATCH)
+        producer.ask(url=url, statements=min(rest, 1), jobs=rest)
         if delay:
             url = stack.enter_context(place.proxied(delay))[1]
         child = stack.enter_context(worker(system, Work(url, concurrency, jobs)))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -155,7 +155,8 @@ class Child:
 
     def _failure(self, why: str) -> Exception:
         if self._system is None or self._system.ours:
-            return RuntimeError(f"{self._process.args!r}: {why}")
+            name = self._system.name if self._system else "the proxy"
+            return RuntimeError(f"{name}: {why}")
         return PeerFailed(self._system.name, why)
 
 
@@ -292,6 +293,23 @@ def tell_redis(port: int, command: str) -> str:
             return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
     except OSError:
         return ""
+
+
+def versions(systems: Iterable[System]) -> dict[str, str]:
+    """Return the versions of what is compared."""
+    found: dict[str, str] = {}
+    for system in systems:
+        with start(system, "version") as child:
+            found.update(child.read()["versions"])
+        if system.fsync:
+            answer = subprocess.run(
+                ["redis-server", "--version"],  # noqa: S607 - it is where the machine has it
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            found["Redis"] = answer.stdout.split("v=")[1].split(maxsplit=1)[0]
+    return found
 
 
 @contextmanager

@@ -18,7 +18,7 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 // worker and gives {unfinished}.
 export async function main({ versions, install, connect, work }) {
   const [role, options] = [process.argv[2], JSON.parse(process.argv[3] ?? "{}")];
-  if (role === "version") say({ versions: versions.map((name) => [name, version(name)]) });
+  if (role === "version") say({ versions: [...versions.map((name) => [name, version(name)]), ["Node", process.version]] });
   else if (role === "produce") await produce(install, connect);
   else await runWorker(work, options);
   if (role !== "work") process.exit(0);
