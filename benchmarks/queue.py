@@ -152,6 +152,9 @@ PLOTS = (
 )
 
 
+RECOVERIES = 3  # at most, of each system: two processes and a database each
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much of each to measure."""
@@ -254,10 +257,11 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - benchmarks.f
             measure_round(places, comparison, sizes, number)
         comparison.together(lambda: idle(places, comparison.systems, sizes.idle_seconds))
         shortest = {s.name: s.shortest_stall for s in systems if s.shortest_stall}
-        comparison.recoveries("recovery-short", shortest, rounds)
+        samples = min(rounds, RECOVERIES)
+        comparison.recoveries("recovery-short", shortest, samples)
         if sizes.default_recovery:
             default = {system.name: None for system in systems if system.recovers}
-            comparison.recoveries("recovery-default", default, rounds)
+            comparison.recoveries("recovery-default", default, samples)
     return Section(
         id="queue",
         title="The queue, next to others",

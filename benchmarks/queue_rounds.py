@@ -22,6 +22,7 @@ from benchmarks.queue_systems import (
     Place,
     Places,
     System,
+    start_worker,
     tell_redis,
     worker,
 )
@@ -233,8 +234,11 @@ def recover(
         for system, stall in [*zip(systems, stalls, strict=True)] * samples:
             place = stack.enter_context(places.fresh(system))
             work = Work(place.url, 1, stall=stall, behaviour="hang")
-            workers = [stack.enter_context(worker(system, work)) for _ in range(2)]
+            workers = [stack.enter_context(start_worker(system, work)) for _ in range(2)]
             pairs.append((system, place, workers))
+        for _, _, workers in pairs:
+            for ready in workers:
+                ready.read()
         time.sleep(STARTED_UP)
         waiting = []
         for system, place, workers in pairs:

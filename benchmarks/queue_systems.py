@@ -165,9 +165,14 @@ def start(system: System, *arguments: str) -> Child:
     return Child(*system.command, *arguments, environment=system.environment, system=system)
 
 
+def start_worker(system: System, work: Work) -> Child:
+    """Start a worker; unless it drains, the first that it says is that it is ready."""
+    return start(system, "work", json.dumps(asdict(work)))
+
+
 def worker(system: System, work: Work) -> Child:
     """Start a worker; one that doesn't drain is ready when this returns."""
-    child = start(system, "work", json.dumps(asdict(work)))
+    child = start_worker(system, work)
     if not work.jobs:
         child.read()
     return child
