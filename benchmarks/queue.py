@@ -66,16 +66,16 @@ can be:
 
 **Lines.** *Drain*: jobs a second from the start of a worker to the commit of the last end; "1 ms
 away" has a proxy between worker and database that adds half a millisecond each way. procrastinate,
-the slowest, drains three tenths of the jobs. *Pickup*: from when the commit of one job is sent (or
-has returned) to its start in an idle worker, on the clock that all processes share; the systems
-take turns, job by job. BullMQ has no transactions: from when the job is sent. *Late*: how much
-later than its time a scheduled job starts, and one that is tried again; how long after the end of
-an owner's job the next one starts, for an owner who may have one at a time. *Enqueue*: jobs a
-second from one connection with the system's own client. *Recovery*: from `kill -9` of a worker to
-the start of its job in another one that was there; all samples wait side by side. *Idle*: what an
-idle worker sends to its database, transaction control included (with Redis, commands, those of its
-scripts included), and the CPU that the server's processes for it use; once for all rounds, all
-side by side.
+the slowest, drains three tenths of the jobs, 1 ms away one tenth. *Pickup*: from when the commit
+of one job is sent (or has returned) to its start in an idle worker, on the clock that all
+processes share; the systems take turns, job by job. BullMQ has no transactions: from when the job
+is sent. *Late*: how much later than its time a scheduled job starts, and one that is tried again;
+how long after the end of an owner's job the next one starts, for an owner who may have one at a
+time. *Enqueue*: jobs a second from one connection with the system's own client. *Recovery*: from
+`kill -9` of a worker to the start of its job in another one that was there; all samples wait side
+by side. *Idle*: what an idle worker sends to its database, transaction control included (with
+Redis, commands, those of its scripts included), and the CPU that the server's processes for it
+use; once for all rounds, all side by side.
 """
 
 LEFT_OUT = {

@@ -6,8 +6,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from benchmarks.queue_worker import OWNERS, insert_rows
 
 ONE_WAY = 0.0005  # seconds
 BATCH = 1000
-SLOW = 0.3  # of the jobs: procrastinate drains so many, which takes as long
+SLOW, SLOW_FAR_AWAY = 0.3, 0.1  # of the jobs: what procrastinate drains, which takes as long
 STARTED_UP = 2.0  # seconds after which a worker that is ready is idle
+LOOK = 1.0  # seconds; connections of pools that nobody needs stay open for some
 MINUTE, NANO = 60.0, 1e-9
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -41,7 +42,7 @@ Figures = dict[str, float]
 def drain(places: Places, system: System, jobs: int, concurrency: int, delay: float = 0) -> float:
     """Return the jobs a second that a worker drains."""
     if system.name == PLAIN:
-        jobs = int(jobs * SLOW)
+        jobs = int(jobs * (SLOW_FAR_AWAY if delay else SLOW))
     with ExitStack() as stack:
         place = stack.enter_context(places.fresh(system))
         url = place.url
@@ -157,15 +158,22 @@ class Idle:
     place: Place
     proxy: Child | None
     conn: Connection | None
+    spent: dict[int, float] = field(default_factory=dict)  # process: its seconds of CPU so far
 
     def statements(self) -> float:
         """Return how many statements, or commands of Redis, there have been."""
         return float(self.proxy.ask()) if self.proxy else redis_commands(self.place.port)
 
-    def cpu(self) -> dict[int, float]:
-        """Return the seconds of CPU of the server's processes that serve the worker."""
+    def look(self) -> None:
+        """Note the CPU of the server's processes that serve the worker, while they are there."""
         pids = backends(self.conn) if self.conn else [self.place.pid]
-        return {pid: cpu_of(pid) for pid in pids if pid}
+        for pid in pids:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                self.spent[pid] = cpu_of(pid)
+
+    def cpu(self) -> float:
+        """Return the seconds of CPU of all processes that were seen."""
+        return sum(self.spent.values())
 
 
 def idle(places: Places, systems: Sequence[System], seconds: float) -> dict[str, Figures]:
@@ -174,13 +182,18 @@ def idle(places: Places, systems: Sequence[System], seconds: float) -> dict[str,
     with ExitStack() as stack:
         all_idle = [start_idle(places, system, stack) for system in systems]
         time.sleep(STARTED_UP)
+        for each in all_idle:
+            each.look()
         before = [(each.statements(), each.cpu()) for each in all_idle]
-        time.sleep(seconds)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(LOOK)
+            for each in all_idle:
+                each.look()
         for each, (statements, cpu) in zip(all_idle, before, strict=True):
-            name, cpu_now = each.system.name, each.cpu()
-            spent = sum(cpu_now[pid] - cpu[pid] for pid in cpu.keys() & cpu_now.keys())
+            name = each.system.name
             figures["idle-statements"][name] = (each.statements() - statements) / seconds
-            figures["idle-cpu"][name] = spent * MINUTE / seconds
+            figures["idle-cpu"][name] = (each.cpu() - cpu) * MINUTE / seconds
     return figures
 
 
@@ -188,7 +201,7 @@ def start_idle(places: Places, system: System, stack: ExitStack) -> Idle:
     """Start a worker that has had one job."""
     place = stack.enter_context(places.fresh(system))
     url, proxy, conn = place.url, None, None
-    if place.pid is None:
+    if not place.pid:
         proxy, url = stack.enter_context(place.proxied(0))
         conn = stack.enter_context(psycopg.connect(place.url, autocommit=True))
     child = stack.enter_context(worker(system, Work(url, 10)))

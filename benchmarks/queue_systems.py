@@ -185,7 +185,7 @@ class Place:
     url: str
     port: int
     counted: bool
-    pid: int | None = None  # of the Redis
+    pid: int = 0  # of the Redis
 
     @contextmanager
     def proxied(self, delay: float) -> Iterator[tuple[Child, str]]:
