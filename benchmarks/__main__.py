@@ -17,6 +17,9 @@ from benchmarks.figures import Measure, Section
 # The sections in their order. Each module has a function ``measure``.
 SECTIONS = {
     "queue": "benchmarks.queue",
+    "commits": "benchmarks.commits",
+    "storage": "benchmarks.storage",
+    "storage": "benchmarks.storage",
 }
 HERE = Path(__file__).parent
 ASIDE = machine.REPO / ".pgscribe" / "benchmarks"
