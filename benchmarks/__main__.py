@@ -19,7 +19,7 @@ SECTIONS = {
     "queue": "benchmarks.queue",
     "commits": "benchmarks.commits",
     "storage": "benchmarks.storage",
-    "storage": "benchmarks.storage",
+    "simulated": "benchmarks.simulated",
 }
 HERE = Path(__file__).parent
 ASIDE = machine.REPO / ".pgscribe" / "benchmarks"
