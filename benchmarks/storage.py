@@ -70,7 +70,7 @@ class Sizes:
         return (self.jobs or {NO_OP: 1000, MINUTE: 200, HOUR: 10})[length]
 
 
-QUICK = Sizes(1000, 2, {NO_OP: 200, MINUTE: 20, HOUR: 5})
+QUICK = Sizes(1000, 2, {NO_OP: 200, MINUTE: 20, HOUR: 10})
 Figures = dict[str, dict[str, float]]
 
 
@@ -149,13 +149,11 @@ class Jobs:
         """Return updates, those that touched no index, deletes, dead rows and autovacuums."""
         await self._queue.close()
         deadline = time.monotonic() + PATIENCE
-        await self.conn.execute("select pg_stat_force_next_flush()")
-        while True:  # what ends reports what it did, a little later
-            await asyncio.sleep(0.05)
-            rows = await self._fetch(SQL["rows"])
-            if rows[0] and not (await self._fetch(SQL["others"]))[0]:
-                return await self._fetch(SQL["rows"])
+        while (await self._fetch(SQL["others"]))[0]:  # what ends reports what it did
             assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        await self.conn.execute("select pg_stat_force_next_flush()")
+        return await self._fetch(SQL["rows"])
 
 
 @asynccontextmanager
