@@ -51,10 +51,10 @@ select procrastinate_defer_jobs_v1(array_agg(row('transcription', 'transcribe', 
 """
 METHOD = """
 `pgbench` runs one insert after the other on each of so many connections, each for an owner of its
-own; of two seconds the last one counts, in three rounds. Nobody listens, and no worker runs. *without NOTIFY* is pgscribe in a database
-whose trigger that notifies of inserted jobs was dropped: workers would find jobs by polling.
-fsync is on. The machine's flush is quick; in the lines that say so, a millisecond was added to each
-(`commit_delay`), as where the disk is over a network.
+own; of two seconds the last one counts, in three rounds. Nobody listens, and no worker runs.
+*without NOTIFY* is pgscribe in a database whose trigger that notifies of inserted jobs was dropped:
+workers would find jobs by polling. fsync is on. How long a flush takes is the machine's; in the
+lines that say so, a millisecond was added to each (`commit_delay`), as where the disk is far away.
 """
 
 
