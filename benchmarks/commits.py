@@ -151,9 +151,10 @@ def section(found: Mapping[str, Mapping[str, list[float]]]) -> Section:
     measurements = []
     for name, values in found.items():
         kind, _, number = name.removeprefix("commits-").rpartition("-")
+        clients = "1 connection" if number == "1" else f"{number} connections"
         what = {
-            "": f"{number} connections, a job a transaction",
-            "slow": f"{number} connections, a flush takes 1 ms more",
+            "": f"{clients}, a job a transaction",
+            "slow": f"{clients}, a flush takes 1 ms more",
             "rows": f"{BATCHING} connections, {number} jobs a transaction",
         }[kind]
         measurements.append(Measurement(name, what, "jobs/s", "higher", values, baseline=OURS))
