@@ -48,5 +48,5 @@ async def test_a_transcript_leaves_what_the_product_keeps(database: str) -> None
         per_job[f"storage-bytes-{part}"] for part in storage.TABLES
     )
     assert per_job["storage-bytes-jobs"] > 5
-    assert per_job["storage-wal"] > per_job["storage-bytes"] / 2
+    assert per_job["storage-wal"] > 10
     assert per_job["storage-dead"] > 5

@@ -1,47 +1,53 @@
 """The simulated tables of docs/scaling.md are what the commands above them print."""
 
-import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
+from itertools import takewhile
 
 import pytest
 from click.testing import CliRunner
 
 from benchmarks.simulate import HELP, SCENARIOS, loads, main
 from benchmarks.simulation import Load, System
+from tests.doc_blocks import DOCS, Block, runs
 
-TEXT = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
-COMMAND = "python -m benchmarks.simulate"
-BLOCK = re.compile(
-    r"<!-- run: simulate(?P<how>.*?) -->\n```sh\n(?P<command>.*?)\n```\n\n(?P<table>(?:\|.*\n)+)"
-)
-TABLES = {found["command"].removeprefix(COMMAND).strip(): found for found in BLOCK.finditer(TEXT)}
+BLOCKS = runs("simulate")
 SLOW = "--scenario loads"  # takes half a minute
 
 
-def lines(table: str) -> Iterator[str]:
-    return (line.rstrip() for line in table.splitlines())
+def command(block: Block) -> str:
+    """Return the command's options."""
+    program, options = block.code.strip().split("simulate", 1)
+    assert program == "python -m benchmarks."
+    return options.strip()
+
+
+def table(block: Block) -> list[str]:
+    """Return the table below a block."""
+    text = (DOCS / "scaling.md").read_text(encoding="utf-8")
+    _, _, below = text.partition(f"{block.code}```\n\n")
+    return [*takewhile(lambda line: line.startswith("|"), below.splitlines())]
 
 
 def test_every_scenario_and_the_prices_are_in_the_document() -> None:
-    assert set(TABLES) == {"--prices", *(f"--scenario {name}" for name in SCENARIOS)}
+    shown = sorted(map(command, BLOCKS))
+    assert shown == ["--prices", *sorted(f"--scenario {name}" for name in SCENARIOS)]
 
 
-@pytest.mark.parametrize("command", sorted(TABLES.keys() - {SLOW}))
-def test_tables_are_what_the_command_prints(command: str) -> None:
-    answer = CliRunner().invoke(main, shlex.split(command))
+@pytest.mark.parametrize("block", [b for b in BLOCKS if command(b) != SLOW], ids=command)
+def test_tables_are_what_the_command_prints(block: Block) -> None:
+    answer = CliRunner().invoke(main, shlex.split(command(block)))
     assert answer.exit_code == 0
-    assert [*lines(TABLES[command]["table"])] == answer.output.splitlines()
+    assert table(block) == answer.output.splitlines()
 
 
 def test_the_large_table_begins_with_what_a_part_of_it_prints() -> None:
-    small = [*loads((100,)).lines()]
+    (block,) = (block for block in BLOCKS if command(block) == SLOW)
+    small = [*loads((int(block.options["begins"]),)).lines()]
     assert len(small) > 2
-    shown = [*lines(TABLES[SLOW]["table"])]
-    assert shown[: len(small)] == small
-    assert {line.split(" | ")[0] for line in shown[2:]} == {"| 100 h", "| 1,000 h", "| 10,000 h"}
+    assert table(block)[: len(small)] == small
+    loads_shown = {line.split(" | ")[0] for line in table(block)[2:]}
+    assert loads_shown == {"| 100 h", "| 1,000 h", "| 10,000 h"}
 
 
 def test_each_option_says_what_it_is() -> None:
