@@ -288,7 +288,9 @@ def _own_speed(_: click.Context, __: click.Parameter, given: tuple[str, ...]) ->
     help="With --prices, the part of the paid time in which containers transcribe.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--seed", default=1, show_default=True, help="Of the random numbers.")
+@click.option(
+    "--seed", default=1, show_default=True, help="Of the random numbers; scenarios have 1."
+)
 @_options
 def main(  # noqa: PLR0913 - one per option
     *,
