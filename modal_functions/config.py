@@ -49,7 +49,7 @@ class Config:
     gpu: str = "L4"
     max_containers: int = 20
     prepare_max_containers: int = 20
-    scaledown_window: int = 60
+    scaledown_window: int = 10
     span_timeout: int = 900
     prepare_timeout: int = 3600
     file_timeout: int = 4 * 3600
