@@ -169,7 +169,7 @@ def test_the_documentation_claims_what_the_committed_report_says() -> None:
     mentioned = sum(d.read_text().count("benchmarks/report.md") for d in DOCUMENTS)
     assert len(linked) == mentioned, "a link that is not of the form [text](path#anchor)"
     if not (COMMITTED / report.FIGURES).exists():
-        assert not linked
+        assert [link for link in linked if link[1][1]] == []
         return
     run = report.load(COMMITTED)
     assert [w for d in DOCUMENTS for w in claims.wrong(run, d, COMMITTED)] == []
