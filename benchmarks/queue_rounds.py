@@ -276,9 +276,10 @@ def recover(
 
 def in_turn(systems: Sequence[System], round_number: int) -> Sequence[System]:
     """Return the systems in this round's order: each begins once, and every other is backwards."""
-    first = round_number % len(systems)
+    backwards = round_number % 2
+    first = (round_number + backwards) % len(systems)
     ordered = [*systems[first:], *systems[:first]]
-    return ordered[:: -1 if round_number % 2 else 1]
+    return ordered[:: -1 if backwards else 1]
 
 
 def ours_of(systems: Sequence[System]) -> System:

@@ -19,7 +19,8 @@ def comparison(tmp_path: Path) -> Comparison:
 
 def test_every_system_begins_and_ends_rounds() -> None:
     orders = [[system.name for system in in_turn(SYSTEMS, number)] for number in range(6)]
-    assert {order[0] for order in orders} == {order[-1] for order in orders}
+    assert [order[0] for order in orders] == [PLAIN, OURS, "peer"] * 2
+    assert {order[-1] for order in orders} == {PLAIN, OURS, "peer"}
     assert all(sorted(order) == sorted([PLAIN, OURS, "peer"]) for order in orders)
 
 
