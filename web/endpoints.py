@@ -221,8 +221,26 @@ def validate(model: type[ModelT], data: Any, *, within: str = "") -> ModelT:
     except ValidationError as exc:
         error = exc.errors(include_url=False, include_input=False)[0]
         where = _field_path((within, *error["loc"])) or "body"
-        message = error["msg"].removeprefix("Value error, ")
+        message = _PLAIN.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+            message += f"; there are {', '.join(_names(model))}"
         raise InvalidInput(f"{where}: {message}", field=where) from exc
+
+
+# What pydantic says in words that only those understand who write Python.
+_PLAIN = {
+    "dict_type": "must be a JSON object",
+    "extra_forbidden": "is unknown here",
+    "list_type": "must be a JSON array",
+    "missing": "is missing",
+    "model_attributes_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+}
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    """Return the names that a model's fields have in requests."""
+    return sorted(info.alias or name for name, info in model.model_fields.items())
 
 
 def _field_path(parts: tuple[str | int, ...]) -> str:

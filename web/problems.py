@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -123,13 +124,25 @@ async def on_database_away(_: Request, exc: Exception) -> Response:
     return problem(HTTPStatus.SERVICE_UNAVAILABLE, away.code, str(away), retry_after=2)
 
 
-async def on_http_exception(_: Request, exc: Exception) -> Response:
+async def on_http_exception(request: Request, exc: Exception) -> Response:
     """Answer what routing refuses: unknown paths and methods."""
     assert isinstance(exc, HTTPException)
     status = HTTPStatus(exc.status_code)
-    response = problem(status, status.name.lower(), exc.detail)
+    detail = exc.detail
+    if detail == status.phrase:  # nobody has said more
+        detail = _unrouted(request, status, exc.headers or {}) or detail
+    response = problem(status, status.name.lower(), detail)
     response.headers.update(exc.headers or {})
     return response
+
+
+def _unrouted(request: Request, status: HTTPStatus, headers: Mapping[str, str]) -> str | None:
+    if status is HTTPStatus.NOT_FOUND:
+        return "There is nothing under this path; /docs has all that there are"
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = headers.get("Allow", "another method")
+        return f"{request.method} is not for this path; use {allowed}"
+    return None
 
 
 async def on_disconnect(_: Request, __: Exception) -> Response:

@@ -145,6 +145,23 @@ def test_bad_bodies_name_the_field(
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "body", "said"),
+    [
+        ("POST", "/process", [], "body: must be a JSON object"),
+        ("POST", "/process", {"jobs": []}, "jobs: is unknown here; there are audioUrl, filePath"),
+        ("GET", "/jobs?lmit=5", None, "lmit: is unknown here; there are cursor, limit"),
+        ("GET", "/search", None, "q: is missing"),
+        ("GET", "/job", None, "nothing under this path; /docs has all"),
+        ("DELETE", "/process", None, "DELETE is not for this path; use POST"),
+    ],
+)
+def test_refusals_say_what_there_is(
+    api: TestClient, headers: Headers, method: str, path: str, body: Any, said: str
+) -> None:
+    assert said in api.request(method, path, json=body, headers=headers).json()["detail"]
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"\xff", b"[" * 3000, b'{"filePath": "a", "priority": NaN}']
 )
 def test_what_is_no_json_is_refused(api: TestClient, headers: Headers, body: bytes) -> None:
