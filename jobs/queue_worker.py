@@ -200,7 +200,8 @@ class Worker(procrastinate_worker.Worker):
             try:
                 await side_task()
             except exceptions.ConnectorException as exc:
-                logger.warning("The database does not answer a side task of the worker: %s", exc)
+                said = str(exc.__cause__ or exc).strip()  # procrastinate's own says little
+                logger.warning("The database does not answer a side task of the worker: %s", said)
             except Exception:
                 logger.exception("A side task of the worker failed; it is started again")
             await backoff.sleep()

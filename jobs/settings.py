@@ -67,9 +67,14 @@ class _FromEnvironment(BaseSettings):
         """Read the settings. Raises ``SettingsError`` that names each unusable variable."""
         try:
             return cls(**overrides)
+        except UnicodeDecodeError as exc:
+            raise SettingsError(
+                f".env: is not UTF-8 text ({exc.reason}); save it as such"
+            ) from None
         except ValidationError as exc:
             problems = [
-                f"PGSCRIBE_{str(error['loc'][0]).upper()}: {error['msg']}"
+                f"PGSCRIBE_{str(error['loc'][0]).upper()}: "
+                f"{error['msg'].removeprefix('Value error, ')}"
                 f" ({cls.model_fields[str(error['loc'][0])].description})"
                 for error in exc.errors(include_input=False)
             ]
@@ -144,6 +149,13 @@ class ServerAddress(_FromEnvironment):
     """Where the server is."""
 
     url: str = Field("http://127.0.0.1:8000", description="URL of the REST API.")
+
+    @field_validator("url")
+    @classmethod
+    def _has_a_host(cls, value: str) -> str:
+        if not re.match(r"https?://[^\s/?#@]", value):
+            raise ValueError("must begin with https:// or http://, such as http://127.0.0.1:8000")
+        return value
 
 
 class ClientSettings(ServerAddress):
@@ -396,6 +408,14 @@ class Settings(TokenSettings, CallSettings):
         description="Seconds that running jobs get to finish after SIGTERM; then they are queued "
         "again. Keep it under the 10 s after which containers are killed.",
     )
+
+    @field_validator("database_url")
+    @classmethod
+    def _names_a_database(cls, value: SecretStr) -> SecretStr:
+        """Take what libpq reads: a URL, or pairs of names and values. Empty, PGHOST … decide."""
+        if not re.match(r"postgres(ql)?://|\s*\w+\s*=|\s*$", value.get_secret_value()):
+            raise ValueError("must begin with postgresql://, or be pairs such as host=… dbname=…")
+        return value
 
     @field_validator("cors_origins", "trusted_proxies", "webhook_networks", mode="before")
     @classmethod

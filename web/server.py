@@ -1,6 +1,7 @@
 """The web server: uvicorn, and what streams that stay open need of it."""
 
 import contextlib
+import logging
 import resource
 import signal
 import socket
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
+
+logger = logging.getLogger(__name__)
 
 GRACE = 5  # seconds that requests get to end when the server stops
 UNREAD = 60_000  # milliseconds after which a client that takes nothing in is cut off
@@ -23,7 +26,14 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen. Connections have their time-out from the socket that they come by."""
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged why
+            where = self.config.host, self.config.port
+            logger.error(  # noqa: TRY400 - the stack says nothing more
+                "Can't listen on %s port %s: give another --port or --host", *where
+            )
+            raise
         # Without it the kernel would ask a client that has stopped reading for ever.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             for listening in (found for server in self.servers for found in server.sockets):

@@ -15,8 +15,8 @@ __all__ = ["SECTIONS", "main"]
 
 # As the help shows them: what somebody new needs comes first.
 SECTIONS = {
-    "Try it": (dev, transcribe),
-    "Run it for real": (
+    "Start here": (dev, transcribe),
+    "Run it": (
         make_keys,
         migrate,
         setup_storage,
@@ -25,9 +25,9 @@ SECTIONS = {
         worker,
         doctor,
     ),
-    "Jobs and the queue, of every owner": (show_jobs, cancel, retry, pause, resume, limit),
-    "Who may": (token, keys, operators),
-    "Telling others": (webhooks,),
+    "Jobs and the queue, of all owners": (show_jobs, cancel, retry, pause, resume, limit),
+    "Access": (token, keys, operators),
+    "Webhooks": (webhooks,),
 }
 
 
@@ -36,14 +36,12 @@ class _Sections(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         del ctx
-        width = max(map(len, self.commands))
+        width = max(map(len, self.commands))  # one column for all sections
         for heading, commands in SECTIONS.items():
             with formatter.section(heading):
-                rows = [
-                    (f"{command.name:<{width}}", command.get_short_help_str(formatter.width))
-                    for command in commands
-                ]
-                formatter.write_dl(rows)
+                formatter.write_dl(
+                    [(f"{one.name:<{width}}", one.get_short_help_str(80)) for one in commands]
+                )
 
 
 @click.group(
@@ -65,4 +63,8 @@ def main() -> None:
       pgscribe migrate && pgscribe web
       pgscribe worker                  as many as you like
       pgscribe doctor                  what is wrong with all of it, and how to mend it
+
+    \b
+    Completion of commands and options, in ~/.bashrc (or zsh_source, fish_source):
+      eval "$(_PGSCRIBE_COMPLETE=bash_source pgscribe)"
     """

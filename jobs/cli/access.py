@@ -1,12 +1,17 @@
 """``pgscribe keys``, ``operators`` and ``token``: who may."""
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
-from jobs.cli.common import database, duration, friendly
+from jobs.cli.common import as_json, database, duration, echo_rows, for_each, friendly
 from jobs.scopes import USUAL_SCOPES, Scope
+
+if TYPE_CHECKING:
+    from jobs.keys import ApiKey
+    from jobs.operate import Operator
 
 
 def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timedelta | None:
@@ -18,7 +23,7 @@ def _lifetime(_: click.Context, __: click.Parameter, value: str | None) -> timed
     return lifetime
 
 
-@click.group()
+@click.group(short_help="API keys for services: make, list, revoke.")
 def keys() -> None:
     """Make, list and revoke API keys, with which services use the REST API.
 
@@ -54,7 +59,12 @@ def create_key(  # noqa: PLR0913 - one argument per option
     expires: timedelta | None,
     requests_per_minute: int | None,
 ) -> None:
-    """Make a key and print it, once: only its hash is stored."""
+    """Make a key and print it, once: only its hash is stored.
+
+    \b
+      pgscribe keys create nightly-import --user $USER_ID --scope jobs:write --expires 90d
+      pgscribe keys create backend --any-user
+    """
     if any_user == (user_id is not None):
         raise click.UsageError("Give either --user or --any-user.")
     from jobs import keys as api_keys
@@ -74,36 +84,53 @@ def create_key(  # noqa: PLR0913 - one argument per option
 
 
 @keys.command("list")
+@as_json
 @friendly
-def list_keys() -> None:
-    """List all keys, oldest first, with when each was last used."""
+def list_keys(*, as_json: bool) -> None:
+    """List all keys, oldest first, with when each was last used.
+
+    \b
+      pgscribe keys list
+      pgscribe keys list --json | jq '.[] | select(.last_used_at == null) | .name'
+    """
     from jobs import keys as api_keys
 
     with database() as conn:
-        for key in api_keys.list_all(conn):
-            used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
-            whose = key.user_id or "any user"
-            scopes = ",".join(key.scopes)
-            click.echo(
-                f"{key.id}  {key.prefix}…  {key.state:<7}  {used:<15}  {whose!s:<36}  {scopes}  "
-                f"{key.name}"
-            )
+        found = api_keys.list_all(conn)
+    echo_rows(found, _key_line, as_json=as_json, none="There are no API keys")
+
+
+def _key_line(key: "ApiKey") -> str:
+    used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
+    whose = key.user_id or "any user"
+    scopes = ",".join(key.scopes)
+    return (
+        f"{key.id}  {key.prefix}…  {key.state:<7}  {used:<15}  {whose!s:<36}  {scopes}  {key.name}"
+    )
 
 
 @keys.command("revoke")
 @click.argument("key_ids", nargs=-1, required=True, type=click.UUID)
 @friendly
 def revoke_keys(key_ids: tuple[UUID, ...]) -> None:
-    """Refuse keys from now on, by their ids, on all servers at once."""
+    """Refuse keys from now on, by their ids, on all servers at once.
+
+    \b
+    Exit status 1 if one of them is not there; the others are revoked.
+      pgscribe keys revoke 5b7f3f0e-2f0d-4a3e-9d63-0c6f5f0a8c11
+    """
     from jobs import keys as api_keys
 
     with database() as conn:
-        for key_id in key_ids:
+
+        def revoke(key_id: UUID) -> str:
             api_keys.revoke(conn, key_id)
-            click.echo(f"{key_id}  revoked")
+            return "revoked"
+
+        for_each(key_ids, revoke)
 
 
-@click.group()
+@click.group(short_help="Who sees the queue and everybody's jobs.")
 def operators() -> None:
     """Say who is an operator: sees the queue and everybody's jobs, may pause, cancel and retry.
 
@@ -118,7 +145,11 @@ def operators() -> None:
 @click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
 @friendly
 def add_operators(users: tuple[str, ...]) -> None:
-    """Make users operators, from their next request on."""
+    """Make users operators, from their next request on.
+
+    \b
+      pgscribe operators add anna@example.org
+    """
     from jobs import operate
 
     with database() as conn:
@@ -127,22 +158,37 @@ def add_operators(users: tuple[str, ...]) -> None:
 
 
 @operators.command("list")
+@as_json
 @friendly
-def list_operators() -> None:
-    """List all operators, in the order in which they were added."""
+def list_operators(*, as_json: bool) -> None:
+    """List all operators, in the order in which they were added.
+
+    \b
+      pgscribe operators list
+      pgscribe operators list --json
+    """
     from jobs import operate
 
     with database() as conn:
-        for operator in operate.list_all(conn):
-            email = operator.email or "(no e-mail address)"
-            click.echo(f"{operator.user_id}  since {operator.added_at:%Y-%m-%d}  {email}")
+        found = operate.list_all(conn)
+    none = "There are no operators; `pgscribe operators add` makes one"
+    echo_rows(found, _operator_line, as_json=as_json, none=none)
+
+
+def _operator_line(operator: "Operator") -> str:
+    email = operator.email or "(no e-mail address)"
+    return f"{operator.user_id}  since {operator.added_at:%Y-%m-%d}  {email}"
 
 
 @operators.command("remove")
 @click.argument("users", nargs=-1, required=True, metavar="USER_ID_OR_EMAIL...")
 @friendly
 def remove_operators(users: tuple[str, ...]) -> None:
-    """Make users operators no more, from their next request on."""
+    """Make users operators no more, from their next request on.
+
+    \b
+      pgscribe operators remove anna@example.org
+    """
     from jobs import operate
 
     with database() as conn:
@@ -150,7 +196,7 @@ def remove_operators(users: tuple[str, ...]) -> None:
             click.echo(f"{operate.remove(conn, user)}  is no operator")
 
 
-@click.command()
+@click.command(short_help="Print a token for a user.")
 @click.option("--user", "user_id", required=True, type=click.UUID, help="Id in auth.users.")
 @click.option(
     "--lifetime", default=3600, show_default=True, type=click.IntRange(1), help="Seconds."
@@ -160,6 +206,7 @@ def token(user_id: UUID, lifetime: int) -> None:
     """Print a token for a user, signed with PGSCRIBE_JWT_SECRET.
 
     \b
+      pgscribe token --user $USER_ID --lifetime 86400
       curl -H "Authorization: Bearer $(pgscribe token --user $USER_ID)" localhost:8000/jobs
     """
     from jobs.settings import TokenSettings

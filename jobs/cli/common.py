@@ -1,12 +1,14 @@
 """What the commands of ``pgscribe`` have in common. Nothing heavy is imported with it."""
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 import click
 
@@ -14,6 +16,13 @@ from jobs.errors import PgscribeError
 
 if TYPE_CHECKING:
     import psycopg
+
+T = TypeVar("T")
+
+# SQLSTATEs: there is no such schema, column, function or table.
+_NOT_MIGRATED = frozenset(["3F000", "42703", "42883", "42P01"])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,12 +35,29 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         except PgscribeError as exc:
             raise click.ClickException(str(exc)) from exc
         except Exception as exc:
-            psycopg = sys.modules.get("psycopg")  # imported only by what uses the database
-            if psycopg is None or not isinstance(exc, psycopg.OperationalError):
+            if (said := _of_database(exc)) is None:
                 raise
-            raise click.ClickException(f"The database is out of reach: {exc}") from exc
+            raise click.ClickException(said) from exc
 
     return wrapped
+
+
+def _of_database(exc: Exception) -> str | None:
+    """Return what an error of the database means for whoever runs a command."""
+    psycopg = sys.modules.get("psycopg")  # imported only by what uses the database
+    if psycopg is None or not isinstance(exc, psycopg.Error):
+        return None
+    if isinstance(exc, psycopg.OperationalError):
+        return f"The database is out of reach: {exc}"
+    said = exc.diag.message_primary
+    if exc.sqlstate in _NOT_MIGRATED:
+        return (
+            f"The database lacks what this pgscribe needs ({said}); run `pgscribe migrate`. "
+            "What is missing: `pgscribe migrate --status`"
+        )
+    if isinstance(exc, psycopg.errors.InsufficientPrivilege):
+        return f"PGSCRIBE_DATABASE_URL: its role may not do that ({said}); connect as `postgres`"
+    return None
 
 
 @contextmanager
@@ -44,6 +70,42 @@ def database() -> "Iterator[psycopg.Connection[Any]]":
     url = Settings.load().database_url.get_secret_value()
     with psycopg.connect(url, prepare_threshold=None, autocommit=True) as conn:
         yield conn
+
+
+def for_each(ids: Iterable[UUID], act: Callable[[UUID], str]) -> None:
+    """Do it with each, say what came of it, and leave with 1 if one of them was refused."""
+    refused = False
+    for one in ids:
+        try:
+            click.echo(f"{one}  {act(one)}")
+        except PgscribeError as exc:
+            refused = True
+            click.echo(f"{one}  {exc}", err=True)
+    sys.exit(refused)
+
+
+def echo_rows(rows: Iterable[T], line: Callable[[T], str], *, as_json: bool, none: str) -> None:
+    """Print what was found: a line for each, or all as one JSON array; say it if there is none."""
+    found = [*rows]
+    if as_json:
+        from pydantic_core import to_json
+
+        click.echo(to_json(found, indent=2))
+        return
+    for row in found:
+        click.echo(printable(line(row)))
+    if not found:
+        click.echo(none, err=True)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def printable(text: str) -> str:
+    """Return a text of others with nothing in it that moves a terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def duration(text: str) -> timedelta | None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.cli.common import printable
+
 if TYPE_CHECKING:
     from jobs.doctor.examination import Result
 
@@ -27,7 +29,7 @@ def _ids(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) 
     return given
 
 
-@click.command()
+@click.command(short_help="Say what is wrong, and how to mend it.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON document for programs.")
 @click.option("--strict", is_flag=True, help="Exit status 1 on warnings, too.")
 @click.option("--only", multiple=True, metavar="ID", callback=_ids, help="These checks only.")
@@ -67,17 +69,12 @@ def doctor(*, as_json: bool, strict: bool, only: set[str], skip: set[str]) -> No
 
 def _line(result: "Result", width: int) -> str:
     status = click.style(f"{result.status:<7}", fg=_COLOURS[result.status])
-    line = f"{status}  {result.id:<{width}}  {_printable(result.seen)}"
+    line = f"{status}  {result.id:<{width}}  {printable(result.seen)}"
     if result.mend:
-        line += f"\n{'':<{width + 9}}  → {_printable(result.mend)}"
+        line += f"\n{'':<{width + 9}}  → {printable(result.mend)}"
     return line
 
 
 def _summary(results: "list[Result]") -> str:
     counts = [(sum(r.status == status for r in results), status) for status in _COLOURS]
     return "\n" + ", ".join(f"{count} {status}" for count, status in counts if count)
-
-
-def _printable(text: str) -> str:
-    """Return a text of others with nothing in it that moves a terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)

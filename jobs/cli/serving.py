@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jobs.settings import Settings
 
 HOME = Path(".pgscribe")
+CONNECT_TIMEOUT = 2  # seconds, before a process goes on without having looked
 
 
 def _observe(settings: "Settings", name: str) -> None:
@@ -23,6 +24,36 @@ def _observe(settings: "Settings", name: str) -> None:
 
     logs.setup(settings.log_format, secrets=settings.secrets())
     telemetry.configure(f"pgscribe-{name}")
+
+
+def _look_over(settings: "Settings") -> None:
+    """Log what keeps no process from starting, and yet is not what somebody meant."""
+    import logging
+
+    import psycopg
+
+    from db import migrate
+    from jobs.doctor.environment import unknown_variables
+
+    logger = logging.getLogger(__name__)
+    for finding in unknown_variables():
+        logger.warning("%s. %s", finding.seen, finding.mend)
+    url = settings.database_url.get_secret_value()
+    try:
+        with psycopg.connect(
+            url, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None, autocommit=True
+        ) as conn:
+            missing = migrate.pending(conn)
+    except psycopg.Error:
+        return  # whoever needs the database says so, and tries again
+    if missing:
+        logger.warning(
+            "%d of %d migrations are missing in the database, the first is %s: run "
+            "`pgscribe migrate`",
+            len(missing),
+            len(migrate.migrations()),
+            missing[0].filename,
+        )
 
 
 def _stop_with_stdin() -> None:
@@ -40,14 +71,23 @@ stop_with_stdin = click.option(
 )
 
 
-@click.command()
-@click.option("--port", default=8000, show_default=True, help="Another one if it is taken.")
+PORT = click.IntRange(1, 65535)
+
+
+@click.command(short_help="Run everything on this machine.")
+@click.option(
+    "--port", default=8000, show_default=True, type=PORT, help="Another one if it is taken."
+)
 @friendly
 def dev(port: int) -> None:
     """Run everything on this machine and stay up until Ctrl-C.
 
     Postgres, web server and worker are started together; their data lies under .pgscribe/.
     While it runs, the other commands in this folder work on it.
+
+    \b
+      pgscribe dev
+      pgscribe dev --port 8080
     """
     import shutil
     import time
@@ -56,6 +96,8 @@ def dev(port: int) -> None:
 
     exit_on_signals()
     program = "pgscribe" if shutil.which("pgscribe") else os.path.relpath(sys.argv[0])
+    sample = Path("examples/sample.mp3")
+    recording = sample if sample.exists() else "talk.mp3"
     try:
         with Embedded(HOME, port=port) as embedded:
             click.echo(
@@ -66,7 +108,7 @@ def dev(port: int) -> None:
                 f"  database   {embedded.postgres.url()}\n"
                 f"  user       {USER_ID}\n"
                 f"  token      {embedded.token}\n"
-                f"Try: {program} transcribe examples/sample.mp3      Stop: Ctrl-C\n"
+                f"Try: {program} transcribe {recording}      Stop: Ctrl-C\n"
             )
             while True:
                 embedded.check()
@@ -82,13 +124,19 @@ def _sign_in(email: str, password: str | None) -> str:
     return f"  e-mail     {email}, or any other\n  password   {password}\n"
 
 
-@click.command()
+@click.command(short_help="Serve the REST API and the web app.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option("--port", default=8000, show_default=True, type=PORT)
 @stop_with_stdin
 @friendly
 def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
-    """Serve the REST API and the web app."""
+    """Serve the REST API and the web app, until SIGTERM or Ctrl-C.
+
+    \b
+    Exit status 3 if it can't listen there.
+      pgscribe web
+      pgscribe web --host 0.0.0.0 --port 8080
+    """
     import asyncio
 
     from jobs.settings import Settings
@@ -102,6 +150,7 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     hide_links()
     if stop_with_stdin:
         _stop_with_stdin()
+    _look_over(settings)
     refuse_other_hosts(settings, host)
     asyncio.run(refuse_other_databases(settings))
     server.run(create_app(settings), host=host, port=port, trusted_proxies=settings.trusted_proxies)
@@ -132,6 +181,10 @@ def worker(
 
     On SIGTERM or Ctrl-C it takes no more jobs, lets the running ones finish for
     PGSCRIBE_SHUTDOWN_TIMEOUT seconds and puts the rest back into the queue.
+
+    \b
+      pgscribe worker --concurrency 2
+      pgscribe worker --health-port 9100        /healthz, /readyz, /metrics
     """
     import asyncio
 
@@ -147,4 +200,5 @@ def worker(
     _observe(settings, "worker")
     if stop_with_stdin:
         _stop_with_stdin()
+    _look_over(settings)
     asyncio.run(run_until_signalled(settings))

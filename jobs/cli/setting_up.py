@@ -10,7 +10,7 @@ import click
 from jobs.cli.common import friendly
 
 
-@click.command()
+@click.command(short_help="Bring the database up to date.")
 @click.option("--status", is_flag=True, help="Only say what is missing; exit status 1 if anything.")
 @click.option(
     "--export",
@@ -22,6 +22,11 @@ def migrate(*, status: bool, export: Path | None) -> None:
     """Bring the database up to date: procrastinate's migrations, then pgscribe's.
 
     The ledger is the Supabase CLI's, so `supabase db push` over the exported files does the same.
+
+    \b
+      pgscribe migrate --status
+      pgscribe migrate
+      pgscribe migrate --export supabase/migrations && supabase db push
     """
     from db import migrate as runner
 
@@ -51,7 +56,7 @@ def migrate(*, status: bool, export: Path | None) -> None:
     click.echo(f"Up to date; {count} applied now")
 
 
-@click.command()
+@click.command(short_help="Put the functions that workers call on Modal.")
 @click.option("--check", is_flag=True, help="Deploy nothing; exit status 1 unless all is in place.")
 @click.option("--environment", metavar="NAME", help="Of Modal's [MODAL_ENVIRONMENT].")
 @friendly
@@ -61,6 +66,10 @@ def deploy(*, check: bool, environment: str | None) -> None:
     Settings and token are checked first. Afterwards all functions are looked up by name, and a
     container without a GPU is started, which says what code and settings it has. Settings:
     PGSCRIBE_MODAL_… in the environment or in .env, see docs/modal.md. Token: `modal token new`.
+
+    \b
+      pgscribe deploy
+      pgscribe deploy --check --environment staging
     """
     import asyncio
 
@@ -93,7 +102,7 @@ def _modal() -> Iterator[None]:
         ) from exc
 
 
-@click.command("setup-storage")
+@click.command("setup-storage", short_help="Make the bucket in Supabase Storage.")
 @click.option("--check", is_flag=True, help="Change nothing; exit status 1 unless all is in place.")
 @friendly
 def setup_storage(*, check: bool) -> None:
@@ -101,6 +110,10 @@ def setup_storage(*, check: bool) -> None:
 
     A small file is uploaded, played in part and deleted. Settings: PGSCRIBE_SUPABASE_URL,
     PGSCRIBE_SUPABASE_SECRET_KEY, PGSCRIBE_DATABASE_URL, PGSCRIBE_MAX_UPLOAD_BYTES.
+
+    \b
+      pgscribe setup-storage
+      pgscribe setup-storage --check
     """
     import asyncio
 
@@ -111,7 +124,7 @@ def setup_storage(*, check: bool) -> None:
     click.echo("Up to date; use it with PGSCRIBE_STORAGE=supabase")
 
 
-@click.command("make-keys")
+@click.command("make-keys", short_help="Make the secrets of a self-hosted Supabase.")
 @click.option("--missing", is_flag=True, help="Add what .env lacks; change nothing that it has.")
 @click.option("--renew", "names", multiple=True, metavar="NAME", help="Replace a secret of .env.")
 @friendly
@@ -120,6 +133,11 @@ def make_keys(*, missing: bool, names: tuple[str, ...]) -> None:
 
     Run it in the folder with docker-compose.yml. An .env that exists is never overwritten. No
     secret is printed; only the file's owner can read it. See docs/self-hosting.md.
+
+    \b
+      pgscribe make-keys
+      pgscribe make-keys --missing
+      pgscribe make-keys --renew JWT_KEYS
     """
     from jobs import self_hosting
 

@@ -2,15 +2,20 @@
 
 import json
 import sys
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import click
 
 from jobs.cli.common import friendly
 
+if TYPE_CHECKING:
+    from jobs.client import JobClient
 
-@click.command()
+
+@click.command(short_help="Upload recordings, wait, print their text.")
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
@@ -45,9 +50,7 @@ def transcribe(  # noqa: PLR0913 - one argument per option
       pgscribe transcribe talk.mp3
       pgscribe transcribe --format timestamps --language de *.m4a > all.txt
     """
-    from jobs.cli import terminal
     from jobs.client import JobClient
-    from jobs.models import Transcript
     from jobs.settings import ClientSettings
 
     options = _options(
@@ -58,22 +61,57 @@ def transcribe(  # noqa: PLR0913 - one argument per option
         initial_prompt=initial_prompt,
     )
     settings = ClientSettings.load()
-    failed = False
+    submitted: list[tuple[Path, UUID]] = []
     with JobClient(settings.url, settings.token.get_secret_value()) as client:
-        submitted = [(file, client.submit(client.upload(file), options)) for file in files]
-        for file, job_id in submitted:
-            with terminal.progress(file.name) as on_change:
-                job = client.wait(job_id, on_change=on_change)
-            if job.result is None:
-                failed = True
-                click.echo(f"{file.name}: {job.status}: {job.error}", err=True)
-            elif output == "json":
-                click.echo(json.dumps({"file": file.name, **job.result}, ensure_ascii=False))
-            else:
-                transcript = Transcript.from_dict(job.result)
-                text = terminal.lines(transcript) if output == "timestamps" else [transcript.text]
-                click.echo("\n".join(text))
-    sys.exit(failed)
+        try:
+            for file in files:
+                submitted += [(file, job_id) for job_id in _submit(client, file, options)]
+            done = [_show(client, file, job_id, output) for file, job_id in submitted]
+        except KeyboardInterrupt:
+            ids = " ".join(str(job_id) for _, job_id in submitted)
+            click.echo(
+                f"\nStopped waiting. What was submitted goes on: {ids or 'nothing'}", err=True
+            )
+            sys.exit(130)
+    sys.exit(len(done) < len(files) or not all(done))
+
+
+def _submit(client: "JobClient", file: Path, options: dict[str, Any]) -> list[UUID]:
+    """Upload a file and submit it; what is wrong with this one is no reason to leave out others."""
+    from jobs.errors import InvalidInput, RequestFailed
+
+    try:
+        return [client.submit(client.upload(file), options)]
+    except InvalidInput as exc:
+        click.echo(f"{file.name}: {exc}", err=True)
+    except RequestFailed as exc:
+        if exc.status == HTTPStatus.UNAUTHORIZED:
+            raise click.ClickException(
+                f"{exc}. PGSCRIBE_TOKEN is what was sent; `pgscribe token` makes a new one."
+            ) from exc
+        if exc.field is None:
+            raise
+        click.echo(f"{file.name}: {exc}", err=True)
+    return []
+
+
+def _show(client: "JobClient", file: Path, job_id: UUID, output: str) -> bool:
+    """Wait for a job, print what came of it, and return whether that is a transcript."""
+    from jobs.cli import terminal
+    from jobs.models import Transcript
+
+    with terminal.progress(file.name) as on_change:
+        job = client.wait(job_id, on_change=on_change)
+    if job.result is None:
+        click.echo(f"{file.name}: {job.status}: {job.error or job.id}", err=True)
+        return False
+    if output == "json":
+        click.echo(json.dumps({"file": file.name, **job.result}, ensure_ascii=False))
+        return True
+    transcript = Transcript.from_dict(job.result)
+    text = terminal.lines(transcript) if output == "timestamps" else [transcript.text]
+    click.echo("\n".join(text))
+    return True
 
 
 def _options(**options: Any) -> dict[str, Any]:

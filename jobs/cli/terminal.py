@@ -11,6 +11,7 @@ import click
 from jobs.models import JobStatus, JobSummary, Transcript
 
 STEPS = 100
+LONGEST = 120  # characters of an error in a list
 LINE_EVERY = 20  # steps between two plain lines
 
 
@@ -77,4 +78,9 @@ def summary(job: JobSummary) -> str:
     """Return a job as one line."""
     ago = age(job.created_at)
     line = f"{job.id}  {job.status:<10} {job.progress:4.0%}  {ago:>8} ago  {job.file_path}"
-    return f"{line}  {job.error_code}: {job.error}" if job.error else line
+    return f"{line}  {job.error_code}: {shortened(job.error)}" if job.error else line
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that is too long for a line of a list."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -1,18 +1,15 @@
 """``pgscribe webhooks``: everybody's webhooks, for whoever runs pgscribe."""
 
-import sys
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
-from jobs.cli.common import database, duration, friendly
-from jobs.errors import PgscribeError
+from jobs.cli.common import as_json, database, duration, echo_rows, for_each, friendly
 
 if TYPE_CHECKING:
-    from jobs.webhook_admin import AnyDelivery, AnyEndpoint, Connection
+    from jobs.webhook_admin import AnyDelivery, AnyEndpoint
 
 # As jobs.webhooks has them, which brings pydantic and psycopg with it.
 EVENTS = ("job.completed", "job.failed", "job.cancelled")
@@ -23,7 +20,7 @@ _of_endpoint = click.option("--endpoint", type=click.UUID, help="Only this endpo
 _ids = click.argument("endpoint_ids", nargs=-1, required=True, type=click.UUID)
 
 
-@click.group()
+@click.group(short_help="Endpoints, secrets, the log of what was sent.")
 def webhooks() -> None:
     """Tell receivers that jobs have ended: endpoints, secrets, and the log of what was sent.
 
@@ -39,14 +36,20 @@ def webhooks() -> None:
 
 @webhooks.command("endpoints")
 @_of_user
+@as_json
 @friendly
-def list_endpoints(user: UUID | None) -> None:
-    """List endpoints, oldest first: id, owner, state, events, URL, description."""
+def list_endpoints(*, user: UUID | None, as_json: bool) -> None:
+    """List endpoints, oldest first: id, owner, state, events, URL, description.
+
+    \b
+      pgscribe webhooks endpoints --user $USER_ID
+      pgscribe webhooks endpoints --json | jq '.[] | select(.disabled_at)'
+    """
     from jobs import webhook_admin
 
     with database() as conn:
-        for endpoint in webhook_admin.list_endpoints(conn, user):
-            click.echo(_endpoint_line(endpoint))
+        found = webhook_admin.list_endpoints(conn, user)
+    echo_rows(found, _endpoint_line, as_json=as_json, none="There are no endpoints")
 
 
 @webhooks.command("create")
@@ -123,7 +126,12 @@ def rotate(*, endpoint_id: UUID | None, user: UUID | None, keep: timedelta) -> N
 @_ids
 @friendly
 def enable(endpoint_ids: tuple[UUID, ...]) -> None:
-    """Send to endpoints again, whyever they were disabled. What was missed, `replay` sends."""
+    """Send to endpoints again, whyever they were disabled. What was missed, `replay` sends.
+
+    \b
+      pgscribe webhooks enable $ENDPOINT_ID
+      pgscribe webhooks replay --failed-since 2d --endpoint $ENDPOINT_ID
+    """
     _enable(endpoint_ids, enabled=True)
 
 
@@ -131,37 +139,33 @@ def enable(endpoint_ids: tuple[UUID, ...]) -> None:
 @_ids
 @friendly
 def disable(endpoint_ids: tuple[UUID, ...]) -> None:
-    """Send nothing more to endpoints; what waits for them fails."""
+    """Send nothing more to endpoints; what waits for them fails.
+
+    \b
+      pgscribe webhooks disable $ENDPOINT_ID
+    """
     _enable(endpoint_ids, enabled=False)
 
 
 def _enable(endpoint_ids: tuple[UUID, ...], *, enabled: bool) -> None:
     from jobs import webhook_admin
 
-    def change(conn: "Connection", endpoint: UUID) -> str:
-        return _state(webhook_admin.enable_endpoint(conn, endpoint, enabled=enabled))
-
-    _each(endpoint_ids, change)
-
-
-def _each(ids: tuple[UUID, ...], act: Callable[["Connection", UUID], str]) -> None:
-    """Do it with each, say what came of it, and leave with 1 if one of them was refused."""
-    refused = False
     with database() as conn:
-        for one in ids:
-            try:
-                click.echo(f"{one}  {act(conn, one)}")
-            except PgscribeError as exc:
-                refused = True
-                click.echo(f"{one}  {exc}", err=True)
-    sys.exit(refused)
+        for_each(
+            endpoint_ids,
+            lambda one: _state(webhook_admin.enable_endpoint(conn, one, enabled=enabled)),
+        )
 
 
 @webhooks.command("test")
 @click.argument("endpoint_id", type=click.UUID)
 @friendly
 def send_test(endpoint_id: UUID) -> None:
-    """Send a webhook.test to an endpoint and print the delivery's id."""
+    """Send a webhook.test to an endpoint and print the delivery's id.
+
+    \b
+      pgscribe webhooks test $ENDPOINT_ID
+    """
     from jobs import webhook_admin
 
     with database() as conn:
@@ -175,26 +179,36 @@ def send_test(endpoint_id: UUID) -> None:
 @_of_endpoint
 @click.option("--status", type=click.Choice(STATUSES), help="Only deliveries with this status.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000))
+@as_json
 @friendly
 def list_deliveries(
-    *, user: UUID | None, endpoint: UUID | None, status: str | None, limit: int
+    *, user: UUID | None, endpoint: UUID | None, status: str | None, limit: int, as_json: bool
 ) -> None:
-    """List the newest deliveries: id, age, event, status, requests, last answer, URL, error."""
+    """List the newest deliveries: id, age, event, status, requests, last answer, URL, error.
+
+    \b
+      pgscribe webhooks deliveries --status failed
+      pgscribe webhooks deliveries --endpoint $ENDPOINT_ID --limit 100 --json
+    """
     from jobs import webhook_admin
 
     with database() as conn:
         found = webhook_admin.list_deliveries(
             conn, user=user, endpoint=endpoint, status=status, limit=limit
         )
-    for delivery in found:
-        click.echo(_delivery_line(delivery))
+    echo_rows(found, _delivery_line, as_json=as_json, none="There are no such deliveries")
 
 
 @webhooks.command("show")
 @click.argument("delivery_id", type=click.UUID)
 @friendly
 def show(delivery_id: UUID) -> None:
-    """Show a delivery as JSON, with its payload, each request, and what came back."""
+    """Show a delivery as JSON, with its payload, each request, and what came back.
+
+    \b
+      pgscribe webhooks show $DELIVERY_ID
+      pgscribe webhooks show $DELIVERY_ID | jq '.log[-1]'
+    """
     from jobs import webhook_admin
 
     with database() as conn:
@@ -261,17 +275,19 @@ def _replay(delivery_ids: tuple[UUID, ...]) -> None:
 
     sent = 0
 
-    def send(conn: "Connection", delivery: UUID) -> str:
-        nonlocal sent
-        if not webhook_admin.replay(conn, delivery):
-            return "has not ended yet and is left as it is"
-        sent += 1
-        return "is sent again"
+    with database() as conn:
 
-    try:
-        _each(delivery_ids, send)
-    finally:
-        click.echo(f"{sent} sent again")
+        def send(delivery: UUID) -> str:
+            nonlocal sent
+            if not webhook_admin.replay(conn, delivery):
+                return "has not ended yet and is left as it is"
+            sent += 1
+            return "is sent again"
+
+        try:
+            for_each(delivery_ids, send)
+        finally:
+            click.echo(f"{sent} sent again")
 
 
 def _replay_failed(since: datetime, user: UUID | None, endpoint: UUID | None) -> None:
@@ -296,7 +312,7 @@ def _state(endpoint: "AnyEndpoint") -> str:
 def _endpoint_line(endpoint: "AnyEndpoint") -> str:
     events = ",".join(endpoint.events)
     line = f"{endpoint.id}  {endpoint.user_id}  {_state(endpoint):<18}  {events}  {endpoint.url}"
-    return _printable(f"{line}  {endpoint.description}" if endpoint.description else line)
+    return f"{line}  {endpoint.description}" if endpoint.description else line
 
 
 def _delivery_line(delivery: "AnyDelivery") -> str:
@@ -307,9 +323,4 @@ def _delivery_line(delivery: "AnyDelivery") -> str:
         f"{delivery.id}  {age(delivery.created_at):>8} ago  {delivery.event:<13}  "
         f"{delivery.status:<9}  {delivery.attempts:>2}x  {answer:<14}  {delivery.target}"
     )
-    return _printable(f"{line}  {delivery.error}" if delivery.error else line)
-
-
-def _printable(text: str) -> str:
-    """Return a text of others with nothing in it that moves a terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return f"{line}  {delivery.error}" if delivery.error else line

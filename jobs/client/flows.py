@@ -35,7 +35,7 @@ from jobs.client.requests import (
 )
 from jobs.client.server_sent_events import EventReader, StreamUnreadable
 from jobs.corrections import read_transcript
-from jobs.errors import JobNotFound, RequestFailed, ServerUnreachable, WaitTimedOut
+from jobs.errors import InvalidInput, JobNotFound, RequestFailed, ServerUnreachable, WaitTimedOut
 from jobs.models import JobStatus, ProcessingJob, Transcript
 
 T = TypeVar("T")
@@ -294,6 +294,10 @@ class Flows:
     def upload(self, path: Path) -> Flow[str]:
         """Upload a file as the server says."""
         size = (yield Call(path.stat)).st_size
+        if not size:
+            raise InvalidInput(
+                f"path: {path.name!r} is empty, there is nothing in it", field="path"
+            )
         guess = mimetypes.guess_type(path.name)[0] or ""
         kind = guess if guess.startswith(("audio/", "video/")) else "application/octet-stream"
         reply = yield from self._ask(requests.ask_upload(path.name, size, kind))

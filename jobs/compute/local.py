@@ -421,7 +421,13 @@ def _delete(path: Path) -> None:
 
 def _tidy(scratch: Path) -> None:
     """Make the folder, and delete what was left there by jobs of more than a day ago."""
-    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SettingsError(
+            f"PGSCRIBE_SCRATCH_DIR: the folder {scratch} can't be made ({exc.strerror}); name one "
+            "that this user may write to"
+        ) from exc
     latest = time.time() - _KEEP_SCRATCH
     for path in scratch.glob("*.pcm"):
         with contextlib.suppress(FileNotFoundError):  # another worker tidies up, too

@@ -48,7 +48,7 @@ def known_variables() -> set[str]:
 
 async def check_settings(context: Context) -> Finding:
     """Look at every variable and setting; later checks use what is read here."""
-    unknown = [*_unknown_variables()]
+    unknown = [*unknown_variables()]
     try:
         context.loaded = Settings.load()
     except SettingsError as exc:
@@ -64,7 +64,8 @@ async def check_settings(context: Context) -> Finding:
     )
 
 
-def _unknown_variables() -> Iterator[Finding]:
+def unknown_variables() -> Iterator[Finding]:
+    """Yield variables that look like settings and are none: nobody reads them."""
     known = known_variables()
     for name in sorted({*os.environ, *dotenv("")} - known):
         begins, *more = _NO_NAME.split(name, maxsplit=1)

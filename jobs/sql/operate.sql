@@ -21,6 +21,20 @@ select public.limit_owner(
 select public.limit_owners(
   %(max_running)s, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)
 
+-- show_limits --
+-- What an owner may have, or without one what owners have who have no limits of their own.
+select l.name as "limit", coalesce(l.own, l.usual) as value, l.own is not null or %(owner)s::uuid is null as is_own
+  from pgscribe.default_limits d
+  join pgscribe.queue_settings s on s.queue_name = 'transcription'
+  left join pgscribe.owner_limits o on o.owner_id = %(owner)s
+ cross join lateral (values
+   ('max_running', o.max_running::float8, s.max_running_per_owner::float8),
+   ('weight', o.weight::float8, 1),
+   ('max_queued', o.max_queued::float8, d.max_queued::float8),
+   ('max_audio_seconds_per_month', o.max_audio_seconds_per_month, d.max_audio_seconds_per_month),
+   ('max_file_bytes', o.max_file_bytes::float8, d.max_file_bytes::float8),
+   ('max_duration', o.max_duration, d.max_duration)) l (name, own, usual)
+
 -- find_users --
 select u.id, u.email from auth.users u
  where u.deleted_at is null and (u.id::text = lower(%(user)s) or lower(u.email) = lower(%(user)s)) limit 2

@@ -424,13 +424,33 @@ def test_operators_set_limits(
             " max_audio_seconds_per_month, max_file_bytes, max_duration from pgscribe.owner_limits"
         ).fetchall()
 
-    assert not limit(user, "--max-queued", 7, "--max-duration", 3.5)
+    assert "max_queued                   7\n" in limit(
+        user, "--max-queued", 7, "--max-duration", 3.5
+    )
     assert read() == [(10_000, None, None, None), (7, None, None, 3.5)]
-    assert not limit("--default", "--max-audio-seconds-per-month", 60, "--max-file-bytes", 9)
-    assert not limit(user, "--max-running", 3, "--max-audio-seconds-per-month", "inf")
-    assert read() == [(10_000, 60, 9, None), (None, float("inf"), None, None)]
-    for wrong in ([], [user, "--default"], ["--default", "--weight", 2], [user, "--max-queued=-1"]):
+    limit("--default", "--max-audio-seconds-per-month", 60, "--max-file-bytes", 9)
+    limit(user, "--max-running", 3, "--max-audio-seconds-per-month", "inf")
+    set_now = [(10_000, 60, 9, None), (None, float("inf"), None, None)]
+    assert read() == set_now
+    shown = [line.split() for line in limit(user).splitlines()]
+    assert ["max_running", "3"] in shown
+    assert ["max_audio_seconds_per_month", "no", "limit"] in shown
+    assert ["max_file_bytes", "9", "default"] in shown
+    assert {"limit": "max_duration", "value": None, "is_own": True} in json.loads(
+        limit("--default", "--json")
+    )
+    assert "no user" in limit("00000000-0000-4000-8000-00000000000f", "--max-running", 1)
+    for wrong in (
+        [],
+        [user, "--default"],
+        ["--default", "--weight", 2],
+        [user, "--max-queued=-1"],
+        [user, "--max-queued", 1, "--reset"],
+    ):
         assert "Usage:" in limit(*wrong)
+    assert read() == set_now, "changed by what only shows limits or is refused"
+    limit(user, "--reset")
+    assert read()[1] == (None, None, None, None)
 
 
 def test_the_limits_of_the_version_before_can_still_be_set(

@@ -111,3 +111,32 @@ def test_a_gpu_costs_as_much_as_the_first_of_those_that_will_do(
     monkeypatch.setenv("PGSCRIBE_MODAL_GPU", gpu)
     settings = Settings.load()
     assert settings.gpu_second_price == pytest.approx(price + settings.cpu_second_price)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PGSCRIBE_DATABASE_URL", "mysql://localhost/x", "must begin with postgresql://"),
+        ("PGSCRIBE_DATABASE_URL", "hidden", "must begin with postgresql://"),
+        ("PGSCRIBE_URL", "localhost:8000", "must begin with https:// or http://"),
+    ],
+)
+def test_what_can_be_no_address_is_refused_before_anything_connects(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_TOKEN", "token")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"{variable}: {said}") as refused:
+        (Settings if variable == "PGSCRIBE_DATABASE_URL" else ClientSettings).load()
+    assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["", "host=db dbname=postgres", "postgres://u:p@db/postgres"])
+def test_a_database_may_be_named_in_each_way_that_libpq_knows(url: str) -> None:
+    assert Settings.load(database_url=url).database_url.get_secret_value() == url
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PGSCRIBE_TOKEN=\xff\xfe")
+    with pytest.raises(SettingsError, match=r"\.env: is not UTF-8"):
+        ClientSettings.load()
