@@ -107,6 +107,8 @@ class _Connection(Generic[TokenT]):
                 "url: must be the server's, such as https://example.org", field="url"
             )
         self._url = url.rstrip("/")
+        if token is None:  # as of a variable that is not set
+            raise InvalidInput("token: is missing; give a token or an API key", field="token")
         self._token = token
         self._flows = Flows(self._url, retries or Retries())
         self._timeout = timeout

@@ -39,7 +39,6 @@ from jobs.errors import InvalidInput, JobNotFound, RequestFailed, ServerUnreacha
 from jobs.models import JobStatus, ProcessingJob, Transcript
 
 T = TypeVar("T")
-ItemT = TypeVar("ItemT")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 TUS = {"Tus-Resumable": "1.0.0"}

@@ -85,7 +85,7 @@ def check_installed(engine: str) -> None:
     if missing:
         raise SettingsError(
             f"PGSCRIBE_ENGINE: {engine} can't run here, as {', '.join(missing)} is not installed; "
-            "run: pip install 'pgscribe[embedded]'"
+            "run: pip install 'pgscribe[local]'"
             + (" openai-whisper" if engine == "openai-whisper" else "")
         )
 

@@ -303,6 +303,9 @@ def test_filters_show_what_is_in_that_state_and_keep_to_it(
     page.set_input_files("#files", audio("new.mp3", b"x"))
     expect(page.get_by_role("status").filter(has_text="new.mp3 is queued")).to_be_visible()
     expect(page.locator("li.job .name")).to_have_text(["failed.mp3"])
+    page.reload()
+    expect(page.get_by_role("radio", name="Failed")).to_be_checked()
+    expect(page.locator("li.job .name")).to_have_text(["failed.mp3"])
     page.get_by_role("radio", name="All").check()
     expect(page.locator("li.job")).to_have_count(3)
 
@@ -335,7 +338,8 @@ def test_a_search_finds_marks_and_leads_to_where_it_was_said(
     page.wait_for_url(f"/app/jobs/{job}?t=20")
     expect(page.locator(".segment.current")).to_contain_text("fell")
     page.go_back()
-    expect(page.get_by_role("searchbox")).to_be_visible()
+    expect(page.get_by_role("searchbox")).to_have_value("lighthouse")
+    expect(hits).to_have_count(2)
     page.get_by_role("searchbox").fill("no such words")
     expect(page.get_by_text("No transcript has “no such words”.")).to_be_visible()
     page.get_by_role("searchbox").fill("")
@@ -396,7 +400,7 @@ def test_who_undoes_deletes_nothing(page: Page, work: Work, user: User) -> None:
     expect(page.locator("#news")).to_have_text("Nothing found")
     undo.click()
     expect(row(page, "story.mp3").locator(".hits")).to_be_visible()
-    page.reload()
+    page.goto("/app")
     expect(page.locator("li.job")).to_have_count(4)
     assert status(work, job) == "completed"
     assert deletes == []

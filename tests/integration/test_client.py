@@ -415,6 +415,17 @@ def test_unusable_urls(url: str) -> None:
         assert "u:p" not in str(refused.value)
         with pytest.raises(InvalidInput, match="user_id"):
             kind("https://example.org", "a-key", user_id="me")
+        with pytest.raises(InvalidInput, match="token: is missing"):
+            kind("https://example.org", None)  # type: ignore[arg-type]
+
+
+def test_an_empty_file_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "talk.mp3").touch()
+    with (
+        JobClient("http://127.0.0.1:1", "a-token") as client,
+        pytest.raises(InvalidInput, match=r"'talk\.mp3' is empty"),
+    ):
+        client.upload(tmp_path / "talk.mp3")
 
 
 def test_unusable_arguments_are_refused_before_anything_is_sent(

@@ -32,6 +32,7 @@ async function load() {
   asking = new AbortController();
   const { signal } = asking;
   const q = byId("search").elements.q.value.trim();
+  remember(q ? { q } : list.filter ? { status: list.filter } : {});
   try {
     if (q) await find(q, signal);
     else await loadJobs(signal);
@@ -40,6 +41,19 @@ async function load() {
     showProblem(error);
   }
   if (!signal.aborted) byId("jobs").setAttribute("aria-busy", "false");
+}
+
+// What is chosen is in the address: it is there again after a look at a transcript, or a reload.
+function remember(chosen) {
+  const query = new URLSearchParams(chosen).toString();
+  history.replaceState(null, "", query ? `?${query}` : location.pathname);
+}
+
+function recall() {
+  const query = new URLSearchParams(location.search);
+  const status = query.get("status") ?? "";
+  if ([...byId("filter").elements].some((choice) => choice.value === status)) showFilter(status);
+  byId("search").elements.q.value = query.get("q") ?? "";
 }
 
 async function loadJobs(signal) {
@@ -157,4 +171,5 @@ follow("/jobs/events", {
   connected = up;
   if (!up) showLive(false);
 });
+recall();
 load();
