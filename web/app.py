@@ -1,5 +1,6 @@
 """The Starlette application."""
 
+import functools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
@@ -113,7 +114,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.events = EventHub(settings)
     app.state.waiters = Waiters()
     app.state.renderer = Renderer()
-    app.state.openapi = openapi.describe(ENDPOINTS, TAGS)
+    app.state.openapi = functools.cache(lambda: openapi.describe(ENDPOINTS, TAGS))
     app.state.pool = database.make_pool(settings, name=f"web {__version__}")
     app.state.sign_in = choose(settings, app.state.pool)
     app.state.attempts = Throttle(settings.sign_in_rate_limit, "attempts to sign in")

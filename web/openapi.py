@@ -6,7 +6,6 @@ from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
-from openapi_pydantic import OpenAPI
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
@@ -47,6 +46,8 @@ _SECURITY_SCHEMES = {
 
 def describe(endpoints: Iterable[Endpoint], tags: Mapping[str, str]) -> dict[str, Any]:
     """Return the description as JSON has it. ``tags``: their texts, in the order to show."""
+    from openapi_pydantic import OpenAPI  # a seventh of a web server's start
+
     models: _Models = {(Problem, "serialization")}
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:

@@ -233,4 +233,4 @@ def test_api9_no_route_is_undescribed(settings: Settings) -> None:
     }
     pages = {"/", "/healthz", "/readyz", "/openapi.json", "/docs", "/docs/page.js", "/docs/swagger"}
     pages |= {route for route in routes if f"{route}/".startswith("/app/")}
-    assert routes == app.state.openapi["paths"].keys() | pages
+    assert routes == app.state.openapi()["paths"].keys() | pages

@@ -1,5 +1,6 @@
 """What the API is, for people and for programs. Works without a connection to the internet."""
 
+import asyncio
 import functools
 import importlib.util
 from pathlib import Path
@@ -43,7 +44,7 @@ def _swagger() -> StaticFiles:
 
 async def openapi(request: Request) -> Response:
     """``GET /openapi.json``: the OpenAPI description."""
-    return JSONResponse(request.app.state.openapi)
+    return JSONResponse(await asyncio.to_thread(request.app.state.openapi))
 
 
 async def page(_: Request) -> Response:
