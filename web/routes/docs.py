@@ -10,6 +10,8 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Respon
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from web.pages import STATIC
+
 # No script but ours and Swagger UI's; it sets styles and shows icons that are in its style sheet.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -17,12 +19,13 @@ CONTENT_SECURITY_POLICY = (
     "frame-ancestors 'none'"
 )
 
-_PAGE = """<!doctype html>
+_PAGE = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pgscribe API</title>
+<link rel="icon" href="{STATIC[1:]}/icon.svg" type="image/svg+xml">
 <link rel="stylesheet" href="docs/swagger/swagger-ui.css">
 <script src="docs/swagger/swagger-ui-bundle.js" defer></script>
 <script src="docs/page.js" defer></script>
