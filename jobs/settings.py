@@ -411,10 +411,11 @@ class Settings(TokenSettings, CallSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _names_a_database(cls, value: SecretStr) -> SecretStr:
-        """Take what libpq reads: a URL, or pairs of names and values. Empty, PGHOST … decide."""
-        if not re.match(r"postgres(ql)?://|\s*\w+\s*=|\s*$", value.get_secret_value()):
-            raise ValueError("must begin with postgresql://, or be pairs such as host=… dbname=…")
+    def _is_of_postgres(cls, value: SecretStr) -> SecretStr:
+        """Take no other scheme; the rest libpq knows."""
+        url = value.get_secret_value()
+        if "://" in url and not re.match(r"postgres(ql)?://|[^:]*=", url):
+            raise ValueError("must begin with postgresql://")
         return value
 
     @field_validator("cors_origins", "trusted_proxies", "webhook_networks", mode="before")

@@ -49,6 +49,11 @@ def _of_database(exc: Exception) -> str | None:
         return None
     if isinstance(exc, psycopg.OperationalError):
         return f"The database is out of reach: {exc}"
+    if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:  # of what it connects to
+        return (
+            "PGSCRIBE_DATABASE_URL: can't be read; it must begin with postgresql://, or be pairs "
+            "such as host=… dbname=…"
+        )
     said = exc.diag.message_primary
     if exc.sqlstate in _NOT_MIGRATED:
         return (

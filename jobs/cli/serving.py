@@ -44,7 +44,9 @@ def _look_over(settings: "Settings") -> None:
             url, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None, autocommit=True
         ) as conn:
             missing = migrate.pending(conn)
-    except psycopg.Error:
+    except psycopg.Error as exc:
+        if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:
+            raise  # no such setting becomes right by waiting
         return  # whoever needs the database says so, and tries again
     if missing:
         logger.warning(

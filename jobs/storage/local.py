@@ -2,16 +2,25 @@
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.errors import AudioNotFound, FileExists, LinkInvalid, SettingsError, UploadStalled
+from jobs.errors import (
+    AudioNotFound,
+    FileExists,
+    LinkInvalid,
+    SettingsError,
+    StorageUnavailable,
+    UploadStalled,
+)
 from jobs.storage.base import (
     RESUMABLE_ABOVE,
     TUS_CHUNK,
@@ -24,6 +33,8 @@ from jobs.storage.base import (
 from jobs.storage.links import DownloadGrant, LinkSigner, ResumableGrant, UploadGrant
 from jobs.storage.partial import PartialUpload
 
+logger = logging.getLogger(__name__)
+
 UPLOAD_PATH = "/uploads/signed/"
 RESUMABLE_PATH = "/uploads/resumable/"
 DOWNLOAD_PATH = "/audio/"
@@ -31,6 +42,23 @@ UPLOAD_SECONDS = 2 * 3600  # as long as Supabase's
 RESUMABLE_SECONDS = 24 * 3600  # large files, slow lines, and people who go on the next morning
 SILENCE = 10.0  # seconds without a byte, after which a client may be gone
 OTHER_TYPE = "application/octet-stream"
+
+# What a disk says that is full, gone, or not ours; a client that is gone says something else.
+_OF_THE_DISK = frozenset(
+    [
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENODEV,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    ]
+)
 
 
 class LocalStorage:
@@ -104,10 +132,16 @@ class LocalStorage:
         """Stream to disk; the file appears under its name only when it is whole and synced.
 
         ``max_bytes`` is a tighter limit than the storage's. Raises ``InvalidInput`` for an empty
-        upload, ``UploadTooLarge`` and ``FileExists``; none leaves a file.
+        upload, ``UploadTooLarge``, ``FileExists`` and ``StorageUnavailable``; none leaves a file.
         """
         path = self._resolve(file_path)
         limit = self._max_bytes if max_bytes is None else min(max_bytes, self._max_bytes)
+        with _written():
+            return await self._save(path, chunks, limit, replace=replace)
+
+    async def _save(
+        self, path: Path, chunks: AsyncIterable[bytes], limit: int, *, replace: bool
+    ) -> int:
         await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         handle, name = await asyncio.to_thread(tempfile.mkstemp, prefix=".upload-", dir=path.parent)
         try:
@@ -136,7 +170,8 @@ class LocalStorage:
 
     async def begin_upload(self, grant: ResumableGrant) -> None:
         """Make room for an upload; one that has begun stays as it is. Raises ``FileExists``."""
-        await asyncio.to_thread(self._upload(grant).begin)
+        with _written():
+            await asyncio.to_thread(self._upload(grant).begin)
 
     async def upload_offset(self, grant: ResumableGrant) -> int:
         """Return how many bytes of an upload have arrived.
@@ -150,10 +185,10 @@ class LocalStorage:
 
         What came before the stream broke off stays. When all is there, the file appears under its
         name. Raises ``UploadGone``, ``UploadLocked``, ``UploadStalled``, ``OffsetConflict``,
-        ``UploadTooLarge`` and ``FileExists``.
+        ``UploadTooLarge``, ``FileExists`` and ``StorageUnavailable``.
         """
         upload = self._upload(grant)
-        with await asyncio.to_thread(upload.open, offset) as file:
+        with _written(), await asyncio.to_thread(upload.open, offset) as file:
             async for chunk in _not_silent(chunks):
                 offset += len(chunk)
                 if offset > grant.size:
@@ -234,6 +269,18 @@ class LocalStorage:
 def served_type(file_path: str) -> str:
     """Return a type to serve a file with that no browser runs or renders as a page."""
     return media_type(file_path) or OTHER_TYPE
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Tell the log what is wrong with the disk, and the client that it may try again."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _OF_THE_DISK:
+            raise
+        logger.error("PGSCRIBE_STORAGE_DIR can't be written to: %s", exc)  # noqa: TRY400 - all of it
+        raise StorageUnavailable from exc
 
 
 def _not_found(file_path: str) -> AudioNotFound:

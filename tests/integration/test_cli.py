@@ -125,6 +125,16 @@ def test_an_unreachable_database_is_one_plain_sentence(
     assert "hidden" not in result.output
 
 
+@pytest.mark.parametrize("command", ["jobs", "keys list", "worker"])
+def test_what_names_no_database_is_no_reason_to_try_again(
+    pgscribe: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "a-hidden-word")
+    result = pgscribe(*command.split())
+    assert (result.exit_code, "hidden" in result.output) == (1, False)
+    assert "PGSCRIBE_DATABASE_URL: can't be read" in result.output
+
+
 @pytest.mark.usefixtures("configured")
 def test_a_database_that_lacks_something_is_to_be_migrated(
     pgscribe: Run, conn: psycopg.Connection, user: UUID

@@ -24,12 +24,13 @@ from jobs.errors import (
     LinkInvalid,
     PgscribeError,
     SettingsError,
+    StorageUnavailable,
     UploadTooLarge,
 )
 from jobs.settings import Settings
 from jobs.storage.base import RESUMABLE_ABOVE
 from jobs.storage.choose import make_storage
-from jobs.storage.links import DownloadGrant, LinkSigner, UploadGrant
+from jobs.storage.links import DownloadGrant, LinkSigner, ResumableGrant, UploadGrant
 from jobs.storage.local import LocalStorage, served_type
 from jobs.storage.supabase import SupabaseStorage
 from web import problems
@@ -344,3 +345,27 @@ async def test_size_follows_no_link_out(storage: LocalStorage, tmp_path: Path) -
     assert await storage.size("link") is None
     with pytest.raises(AudioNotFound):
         await storage.path("link")
+
+
+async def test_a_disk_that_takes_nothing_is_in_the_log_and_passes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "audio").write_text("no folder")
+    storage = LocalStorage(tmp_path / "audio", max_bytes=20_000, links=LinkSigner(SECRET))
+    with pytest.raises(StorageUnavailable, match="try again"):
+        await storage.save(PATH, one(SOUND))
+    with pytest.raises(StorageUnavailable):
+        await storage.begin_upload(ResumableGrant(PATH, len(SOUND), int(time.time()) + 60))
+    said = f"PGSCRIBE_STORAGE_DIR can't be written to: [Errno 20] Not a directory: '{tmp_path}"
+    assert [line.startswith(said) for line in caplog.messages] == [True, True]
+    # What is not of the disk goes on as it is.
+    gone = ConnectionResetError(104, "the client is gone")
+
+    async def breaks_off() -> AsyncIterator[bytes]:
+        yield SOUND
+        raise gone
+
+    storage = LocalStorage(tmp_path / "other", max_bytes=20_000)
+    with pytest.raises(ConnectionResetError):
+        await storage.save(PATH, breaks_off())
+    assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == []
