@@ -1,49 +1,58 @@
-"""How fairly the queue shares its slots: ``python -m benchmarks.fairness``.
-
-A simulation in which only time is simulated: jobs are inserted, claimed and ended by the real
-functions of a real database, in the order that the lengths of the jobs give. Times are in simulated
-seconds; as long as no slot is free they are audio-seconds served per slot.
-
-- crowd: one owner inserts 10,000 jobs at once; nine others insert one now and then, at random
-  (Poisson), half of what their shares would allow. Lengths are exponential around 60 s and unknown
-  to the queue until a job ends. What the same arrivals would wait for first come, first served, is
-  computed.
-- weights: three owners who always have jobs waiting, of weights 1, 1 and 2, with lengths that the
-  queue knows. The lag is the most that the two equal ones ever differ in audio-seconds.
-- newcomer: an owner comes to slots filled by another one's jobs, which turn out to be a sixth of
-  what was estimated; counts how many jobs of the other one start before the newcomer's first.
-
-The last line is one JSON object.
-"""
+"""How fairly the queue shares its slots, next to a queue that serves who came first."""
 
 import asyncio
 import functools
 import heapq
 import itertools
-import json
 import logging
 import random
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-import click
 import psycopg
 
+from benchmarks.figures import Measurement, Section
+from benchmarks.queue_child import Work
+from benchmarks.queue_systems import OURS, PLAIN, of_python, worker
+from benchmarks.queue_worker import install_procrastinate
 from db import migrate
 from db.embedded import EmbeddedPostgres
 from jobs import database
 from jobs.queue import ClaimedJob, Queue
 from jobs.settings import Settings
 
+METHOD = """\
+**With real workers**: {heavy:,} jobs of one owner wait, then comes one of another owner's; a worker
+with 10 slots starts, of plain procrastinate as it comes and of pgscribe. Counted is how many of
+the {heavy:,} were claimed in an earlier transaction than the other owner's job, and the time from
+the first claim to that one's. The jobs do nothing, so with real ones multiply by how long they
+take.
+
+**Simulated**, where only time is: jobs are inserted, claimed and ended by pgscribe's real functions
+in a real database, in the order that the lengths of the jobs give; seconds are simulated ones.
+
+- Waits: one owner inserts {heavy:,} jobs at once; nine others insert one now and then, at random,
+  half of what their shares of ten slots would allow. Lengths are exponential around 60 s and not
+  known before a job ends. What the same arrivals wait first come, first served, is computed.
+- Weights: three owners who always have jobs waiting, of weights 2, 1 and 1, with lengths that the
+  queue knows.
+- Newcomer: an owner comes to 50 slots filled by another's jobs, which turn out to be a sixth as
+  long as was estimated.
+
+The simulation has no chance in it: it runs once."""
+
+FIFO = "first come, first served"
 MEAN_LENGTH = 60.0  # seconds
 HEAVY, *LIGHT = [UUID(int=number) for number in range(1, 11)]
 UNTIL_IDLE = float("inf")
+HEAVY_JOBS, HEAVY_JOBS_QUICK = 10_000, 500
+ROUNDS = 3
 INSERT = """
 insert into public.processing_jobs (user_id, file_path, estimated_seconds)
 select %(owner)s, 'a/b.mp3', %(estimate)s from generate_series(1, %(count)s) returning id
@@ -212,34 +221,31 @@ class Database:
         self._server.drop_database(name)
 
 
-async def crowd(databases: Database, *, heavy: int, duration: float) -> dict[str, float]:
-    """Simulate one owner with very many jobs among others; print a table of their waits."""
+async def crowd(databases: Database, *, heavy: int, duration: float) -> Iterator[Measurement]:
+    """Simulate one owner with very many jobs among others."""
     slots = 10
     jobs = make_crowd(random.Random(1), heavy=heavy, slots=slots, duration=duration)  # noqa: S311
     async with databases.simulation(slots=slots) as simulation:
-        fair = await simulation.run(jobs, until=duration)
-    unfair = first_come_first_served(jobs, slots)
-    total = sum(fair.served.values())
-    click.echo(
-        f"{'owner':>5}{'started':>9}{'share':>8}{'mean wait':>12}{'p99':>9}{'FIFO mean':>12}"
-    )
-    for number, owner in enumerate((HEAVY, *LIGHT)):
-        waits = fair.waits(owner)
-        click.echo(
-            f"{number:>5}{len(waits):>9}{fair.served[owner] / total:>8.1%}"
-            f"{statistics.mean(waits):>11.1f}s{statistics.quantiles(waits, n=100)[98]:>8.1f}s"
-            f"{statistics.mean(unfair.waits(owner)):>11.0f}s"
+        fair = (await simulation.run(jobs, until=duration)).waits(*LIGHT)
+    unfair = first_come_first_served(jobs, slots).waits(*LIGHT)
+
+    def p99(waits: list[float]) -> float:
+        return statistics.quantiles(waits, n=100)[98]
+
+    return (
+        Measurement(
+            f"fairness-wait-{name}",
+            f"Simulated wait of the other owners' jobs, {name}",
+            "s",
+            "lower",
+            {FIFO: [figure(unfair)], OURS: [figure(fair)]},
+            FIFO,
         )
-    waits = fair.waits(*LIGHT)
-    return {
-        "light_wait_mean_s": statistics.mean(waits),
-        "light_wait_p99_s": statistics.quantiles(waits, n=100)[98],
-        "light_wait_mean_fifo_s": statistics.mean(unfair.waits(*LIGHT)),
-        "heavy_share": fair.served[HEAVY] / total,
-    }
+        for name, figure in (("mean", statistics.mean), ("p99", p99))
+    )
 
 
-async def weighted(databases: Database, *, duration: float) -> dict[str, float]:
+async def weighted(databases: Database, *, duration: float) -> Iterator[Measurement]:
     """Simulate three owners who always have jobs waiting."""
     rng = random.Random(2)  # noqa: S311 - a simulation
     slots, longest = 4, 600.0
@@ -252,50 +258,142 @@ async def weighted(databases: Database, *, duration: float) -> dict[str, float]:
     ]
     async with databases.simulation(slots=slots, weights={HEAVY: 2.0}, alike=alike) as simulation:
         outcome = await simulation.run(jobs, until=duration)
-    total = sum(outcome.served.values())
-    shares = [outcome.served[owner] / total for owner in (HEAVY, *alike)]
-    click.echo(f"Shares of weights 2, 1, 1: {shares[0]:.1%}, {shares[1]:.1%}, {shares[2]:.1%}")
-    return {
-        "share_weight_2": shares[0],
-        "max_lag_s": outcome.lag,
-        "longest_job_s": max(job.length for job in jobs if job.owner in alike),
-    }
+    share = outcome.served[HEAVY] / sum(outcome.served.values())
+    longest_job = max(job.length for job in jobs if job.owner in alike)
+    return iter(
+        (
+            Measurement(
+                "fairness-weight",
+                "How far the owner of weight 2 is from half of the audio",
+                "percentage points",
+                "lower",
+                {OURS: [100 * abs(share - 0.5)]},
+            ),
+            Measurement(
+                "fairness-lag",
+                "The most that two owners of the same weight ever differ by",
+                "s of audio",
+                "lower",
+                {OURS: [outcome.lag]},
+                note=f"Their longest job is {longest_job:g} s long.",
+            ),
+        )
+    )
 
 
-async def newcomer(databases: Database) -> dict[str, float]:
+async def newcomer(databases: Database) -> Iterator[Measurement]:
     """Simulate an owner who comes to slots filled with jobs of over-estimated length."""
     slots = 50
     jobs = [Job(0.0, HEAVY, MEAN_LENGTH / 6)] * 2000 + [Job(5.0, LIGHT[0], MEAN_LENGTH / 6)] * 5
     async with databases.simulation(slots=slots) as simulation:
         outcome = await simulation.run(jobs, until=500.0)
-    owners = [owner for owner, _ in outcome.starts]
-    before = owners.index(LIGHT[0]) - slots if LIGHT[0] in owners else len(owners)
-    return {"newcomer_waits_for_jobs": before}
-
-
-async def simulate(databases: Database, *, quick: bool) -> dict[str, float]:
-    """Run all simulations."""
-    figures = await crowd(
-        databases, heavy=1000 if quick else 10_000, duration=900.0 if quick else 7200.0
+    before = [owner for owner, _ in outcome.starts].index(LIGHT[0]) - slots
+    return iter(
+        (
+            Measurement(
+                "fairness-newcomer",
+                "Jobs that start before a newcomer's although theirs took less than was estimated",
+                "jobs",
+                "lower",
+                {OURS: [before]},
+            ),
+        )
     )
-    figures |= await weighted(databases, duration=900.0 if quick else 7200.0)
-    return figures | await newcomer(databases)
 
 
-@click.command()
-@click.option("--quick", is_flag=True, help="Short ones: to try it out.")
-def main(*, quick: bool) -> None:
-    """Simulate how fairly the queue shares its slots."""
-    logging.basicConfig(level=logging.WARNING)
+async def simulate(databases: Database, *, quick: bool) -> list[Measurement]:
+    """Run all simulations."""
+    heavy, duration = (HEAVY_JOBS_QUICK, 300.0) if quick else (HEAVY_JOBS, 7200.0)
+    return [
+        *await crowd(databases, heavy=heavy, duration=duration),
+        *await weighted(databases, duration=duration),
+        *await newcomer(databases),
+    ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How soon another owner's only job started: behind how many, and seconds after the first."""
+
+    before: int
+    seconds: float
+
+
+STARTED = """
+select count(*) filter (where e.at < mine.at), extract(epoch from mine.at - min(e.at))::float8
+  from {schema}.procrastinate_events e, (
+    select at from {schema}.procrastinate_events
+     where type = 'started' and job_id = (select max(id) from {schema}.procrastinate_jobs)) mine
+ where e.type = 'started' group by mine.at
+"""
+DEFER = """
+select procrastinate_defer_jobs_v1(array_agg(row('transcription', 'transcribe', 0, null, null,
+  jsonb_build_object('processing_job_id', gen_random_uuid()), null)
+  ::procrastinate_job_to_defer_v1)) from generate_series(1, %(count)s)
+"""
+
+
+def wait_for_turn(server: EmbeddedPostgres, system: str, number: int, heavy: int) -> Turn:
+    """Let a worker come to the jobs of one owner and the one of another."""
+    name = f"{system}_{number}"
+    server.create_database(name, template="template" if system == OURS else PLAIN)
+    url = server.url(database=name)
+    with psycopg.connect(url, autocommit=True) as conn:
+        if system == OURS:
+            conn.execute("insert into auth.users (id) select unnest(%s)", ([HEAVY, LIGHT[0]],))
+        for owner, count in ((HEAVY, heavy), (LIGHT[0], 1)):
+            insert = INSERT if system == OURS else DEFER
+            values = {"owner": owner, "estimate": MEAN_LENGTH, "count": count}
+            conn.execute(insert.encode(), values)
+        schema = "procrastinate" if system == OURS else "public"
+        process = of_python(system, "benchmarks.queue_worker", system)
+        with worker(process, Work(url, concurrency=10)) as child:
+            for _ in range(heavy + 1):
+                child.read()
+        row = conn.execute(STARTED.format(schema=schema).encode()).fetchone()
+        assert row is not None
+    server.drop_database(name)
+    return Turn(*row)
+
+
+def real(server: EmbeddedPostgres, rounds: int, heavy: int) -> Iterator[Measurement]:
+    """Measure both systems in turning order."""
+    turns: dict[str, list[Turn]] = {PLAIN: [], OURS: []}
+    for number in range(rounds):
+        for system in list(turns)[:: -1 if number % 2 else 1]:
+            turns[system].append(wait_for_turn(server, system, number, heavy))
+    yield Measurement(
+        "fairness-before",
+        f"Of {heavy:,} waiting jobs of one owner, those claimed before another owner's first job",
+        "jobs",
+        "lower",
+        {system: [turn.before for turn in found] for system, found in turns.items()},
+        headline=True,
+    )
+    yield Measurement(
+        "fairness-seconds",
+        "From the first claim to that job's",
+        "s",
+        "lower",
+        {system: [turn.seconds for turn in found] for system, found in turns.items()},
+    )
+
+
+def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
+    """Measure with real workers, then simulate."""
+    logging.getLogger("procrastinate").setLevel(logging.ERROR)
+    heavy = HEAVY_JOBS_QUICK if quick else HEAVY_JOBS
     with tempfile.TemporaryDirectory() as folder:
-        server = EmbeddedPostgres(Path(folder) / "postgres", settings={"fsync": "off"})
+        server = EmbeddedPostgres(Path(folder) / "postgres")
         try:
             server.start()
-            figures = asyncio.run(simulate(Database(server), quick=quick))
+            databases = Database(server)
+            server.create_database(PLAIN)
+            asyncio.run(install_procrastinate(server.url(database=PLAIN)))
+            found = [
+                *real(server, min(rounds, ROUNDS), heavy),
+                *asyncio.run(simulate(databases, quick=quick)),
+            ]
         finally:
             server.remove()
-    click.echo(json.dumps({name: round(figure, 3) for name, figure in figures.items()}))
-
-
-if __name__ == "__main__":
-    main()
+    return Section("fairness", "Fairness", METHOD.format(heavy=heavy), found)

@@ -1,47 +1,49 @@
-"""The web app's pages in Chromium: ``python -m benchmarks.pages``.
-
-One `pgscribe web` process and one embedded Postgres of the benchmark's own; the user has 100
-completed jobs, one of which is a transcript of four hours: 40,000 words in 4,000 segments. Each
-round opens each page in a browser that has nothing in its cache, on the machine's processor as it
-is and slowed down (Chrome's own throttling).
-
-- kB, requests: what loading the page takes, without what the player fetches of the recording.
-- readable: from the navigation until what people came for has been painted: rows, segments.
-- frame: what the main thread works for one frame while the recording plays in its middle; of
-  the 95th percentile it is what passes between two frames, which is 16.7 ms if none is late.
-
-Figures are medians of the rounds. The last line is one JSON object.
-"""
+"""The web app's pages in Chromium."""
 
 import json
 import shutil
-import statistics
 import tempfile
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import click
 import psycopg
-from playwright.sync_api import Browser, CDPSession, Page, sync_playwright
 
-from benchmarks.api import SECRET
+from benchmarks.figures import Measurement, Section
+from benchmarks.web_process import SECRET
 from db import migrate, named_queries
 from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs.settings import Settings
 from tests.live import serve
 from web.app import create_app
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, CDPSession, Page
+
 OWNER = UUID(int=1)
 EMAIL, PASSWORD = "ann@example.org", "the benchmark's own password"
+ROUNDS = 3
 HOURS = 4
-FRAMES = 150
-SLOWED = (1, 4)
+FRAMES, FRAMES_QUICK = 150, 10
+SLOWED = {"as it is": 1, "slowed down 4x": 4}
 QUERIES = named_queries.load(Path(__file__).with_suffix(".sql"))
+
+METHOD = f"""\
+Chromium opens pages of a web server on an embedded Postgres; the user has 100 completed jobs, one
+of which is a transcript of {HOURS} hours: 40,000 words in 4,000 segments. Each page is opened by a
+browser that is signed in and has nothing in its cache, on the machine's processor as it is, and
+slowed down four times (Chrome's own throttling).
+
+- Can be read: from the navigation until what people came for has been painted: 20 rows of the list,
+  all 4,000 segments of the transcript.
+- kB and requests: what loading the page takes, without what the player fetches of the recording.
+- Frame: what the main thread works for one frame while the recording plays in its middle; and the
+  95th percentile of what passes between two frames, which is 16.7 ms if none is late."""
 
 # Notes when the first of what was waited for has been painted, and when all of it is there.
 _WATCH = """
@@ -135,7 +137,7 @@ def write_silence(path: Path, seconds: int) -> None:
 class Traffic:
     """Counts what a page loads."""
 
-    def __init__(self, session: CDPSession) -> None:
+    def __init__(self, session: "CDPSession") -> None:
         self._urls: dict[str, str] = {}
         self._sizes: dict[str, float] = {}
         session.send("Network.enable")
@@ -161,7 +163,7 @@ class Traffic:
 
 
 @contextmanager
-def opened(browser: Browser, where: Site, slowed: int) -> Iterator[tuple[Page, CDPSession]]:
+def opened(browser: "Browser", where: Site, slowed: int) -> Iterator[tuple["Page", "CDPSession"]]:
     """Yield a page of a browser that is signed in, has loaded nothing yet, and is slow."""
     context = browser.new_context(base_url=where.url, viewport={"width": 1280, "height": 860})
     page = context.new_page()
@@ -178,7 +180,9 @@ def opened(browser: Browser, where: Site, slowed: int) -> Iterator[tuple[Page, C
     context.close()
 
 
-def load(page: Page, session: CDPSession, path: str, wanted: str, count: int) -> dict[str, float]:
+def load(
+    page: "Page", session: "CDPSession", path: str, wanted: str, count: int
+) -> dict[str, float]:
     """Open a page; return what it took until so many of what is wanted can be read."""
     traffic = Traffic(session)
     page.evaluate(
@@ -189,77 +193,93 @@ def load(page: Page, session: CDPSession, path: str, wanted: str, count: int) ->
     page.wait_for_function("() => window.readable", timeout=120_000)
     page.wait_for_load_state("load")
     return {
-        "readable_ms": float(page.evaluate("() => window.readable")),
+        "readable": float(page.evaluate("() => window.readable")) / 1000,
         "requests": traffic.requests,
-        "kB": traffic.kilobytes,
+        "kb": traffic.kilobytes,
     }
 
 
-def play(page: Page, session: CDPSession) -> dict[str, float]:
+def play(page: "Page", session: "CDPSession", frames: int) -> dict[str, float]:
     """Play from the middle; return what a frame takes."""
     page.wait_for_function("() => document.getElementById('audio').readyState > 0")
     session.send("Performance.enable")
     before = metrics(session)
-    p95 = float(page.evaluate(_PLAY, FRAMES))
+    p95 = float(page.evaluate(_PLAY, frames))
     worked = metrics(session) - before
-    return {"frame_ms": worked * 1000 / (FRAMES + 31), "frame_p95_ms": p95}
+    return {"frame": worked * 1000 / (frames + 31), "frame-p95": p95}
 
 
-def metrics(session: CDPSession) -> float:
+def metrics(session: "CDPSession") -> float:
     """Return how many seconds the main thread has worked."""
     found = session.send("Performance.getMetrics")["metrics"]
     return float(next(one["value"] for one in found if one["name"] == "TaskDuration"))
 
 
-def measure_round(browser: Browser, where: Site, slowed: int) -> dict[str, float]:
+def measure_round(browser: "Browser", where: Site, slowed: int, frames: int) -> dict[str, float]:
     """Open each page once."""
     figures: dict[str, float] = {}
     with opened(browser, where, slowed) as (page, session):
         found = load(page, session, "/app", "li.job", 20)
-        figures |= {f"list_{name}": value for name, value in found.items()}
+        figures |= {f"list-{name}": value for name, value in found.items()}
     with opened(browser, where, slowed) as (page, session):
         found = load(page, session, f"/app/jobs/{where.long_job}", ".segment", 4000)
-        found |= play(page, session)
-        figures |= {f"transcript_{name}": value for name, value in found.items()}
+        found |= play(page, session, frames)
+        figures |= {f"transcript-{name}": value for name, value in found.items()}
     return figures
 
 
-def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Return the medians of all rounds, by how much the processor was slowed down."""
-    results: dict[int, list[dict[str, float]]] = {slowed: [] for slowed in SLOWED}
+LINES = {
+    "list-readable": ("List can be read after", "s"),
+    "transcript-readable": (f"Transcript of {HOURS} hours can be read after", "s"),
+    "transcript-frame": ("Work for a frame while it plays", "ms"),
+    "transcript-frame-p95": ("Between two frames while it plays, p95", "ms"),
+    "list-kb": ("List: loaded", "kB"),
+    "transcript-kb": ("Transcript: loaded", "kB"),
+    "list-requests": ("List: requests", "requests"),
+    "transcript-requests": ("Transcript: requests", "requests"),
+}
+
+
+def measure_rounds(
+    executable: str, rounds: int, frames: int
+) -> Mapping[str, list[dict[str, float]]]:
+    """Return the figures of each round, by how fast the processor was."""
+    from playwright.sync_api import sync_playwright
+
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in SLOWED}
     with site() as where, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+            executable_path=executable,
             args=["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"],
         )
-        measure_round(browser, where, 1)  # plans, connections, caches of the server
+        measure_round(browser, where, 1, frames)  # plans, connections, caches of the server
         for _ in range(rounds):
-            for slowed in SLOWED:
-                results[slowed].append(measure_round(browser, where, slowed))
-                click.echo(json.dumps({"slowed": slowed, **rounded(results[slowed][-1])}), err=True)
+            for name, slowed in SLOWED.items():
+                results[name].append(measure_round(browser, where, slowed, frames))
         browser.close()
-    return {
-        f"{slowed}x": {name: statistics.median(one[name] for one in found) for name in found[0]}
-        for slowed, found in results.items()
-    }
+    return results
 
 
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """Return figures without what nobody reads."""
-    return {name: round(value, 1) for name, value in figures.items()}
-
-
-@click.command()
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-def main(rounds: int) -> None:
-    """Measure the pages; print a table, and one JSON object as the last line."""
-    medians = measure(rounds)
-    click.echo(f"{'':28}" + "".join(f"{name:>12}" for name in medians))
-    for figure in next(iter(medians.values())):
-        cells = "".join(f"{one[figure]:12.1f}" for one in medians.values())
-        click.echo(f"{figure:28}{cells}")
-    click.echo(json.dumps({name: rounded(one) for name, one in medians.items()}))
-
-
-if __name__ == "__main__":
-    main()
+def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
+    """Open the pages."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    section = Section("pages", "Web app", METHOD, [])
+    if executable is None or find_spec("playwright") is None:
+        missing = "the package playwright" if executable else "Chromium"
+        return replace(section, left_out={"pages": f"{missing} is not installed"})
+    frames = FRAMES_QUICK if quick else FRAMES
+    found = measure_rounds(executable, min(rounds, ROUNDS), frames)
+    return replace(
+        section,
+        measurements=[
+            Measurement(
+                f"pages-{name}",
+                what,
+                unit,
+                "lower",
+                {speed: [figures[name] for figures in taken] for speed, taken in found.items()},
+                headline=name == "transcript-readable",
+            )
+            for name, (what, unit) in LINES.items()
+        ],
+    )

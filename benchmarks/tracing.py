@@ -1,18 +1,12 @@
-"""What tracing costs a job: ``python -m benchmarks.tracing``.
+"""What tracing costs a job.
 
-Jobs take the whole way, from the insert through the queue and the calls of four chunks to the
-result, but the calls return at once. One worker, ten jobs at a time. In each round two batches run
-one after the other, in turning order: without tracing, and with spans that are exported over HTTP
-to another process. Medians of the rounds, per job: seconds of the worker's processor, which other
-work on the machine changes little, and of the clock.
-
-The last line is one JSON object.
+``python -m benchmarks.tracing JOBS ROUNDS`` is the process that measures: it has tracing's settings
+for itself, and says what each round took as one JSON object.
 """
 
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +18,7 @@ from uuid import uuid4
 import click
 import psycopg
 
+from benchmarks.figures import Measurement, Section
 from db import migrate
 from db.embedded import EmbeddedPostgres
 from jobs import telemetry, worker
@@ -33,6 +28,16 @@ from jobs.models import Segment, Transcript
 from jobs.settings import Settings
 from jobs.telemetry import SECOND, Steps, Tracing
 from modal_functions.plan import SAMPLE_RATE, Plan, Span
+
+JOBS, JOBS_QUICK = 150, 20
+ROUNDS = 4
+OFF, ON = "without tracing", "with tracing"
+METHOD = """\
+{jobs} jobs at a time take the whole way in one worker, ten at a time, from the insert through the
+queue and the calls of four chunks to the result, but the calls return at once. In each round two
+such batches run one after the other, in turning order: without tracing, and with spans (21 a job)
+that are exported over HTTP to another process. Per job: seconds of the worker's processor, which
+other work on the machine changes little, and of the clock."""
 
 CHUNKS = 4
 LENGTH = 60 * SAMPLE_RATE
@@ -115,10 +120,11 @@ LEFT = b"select count(*) from processing_jobs where user_id = %s and completed_a
 FAILED = b"select count(*) from processing_jobs where user_id = %s and status <> 'completed'"
 
 
-def measure(folder: Path, jobs: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return the medians, with and without tracing."""
+def run_rounds(folder: Path, jobs: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return what a job took in each round, with and without tracing."""
     server = EmbeddedPostgres(folder / "postgres")
-    took: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
+    ways: dict[str, Tracing | None] = {OFF: None, ON: telemetry.use(None)}
+    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     with server:
         server.create_database("benchmark")
         server.bootstrap("benchmark")
@@ -127,42 +133,64 @@ def measure(folder: Path, jobs: int, rounds: int) -> dict[str, dict[str, float]]
         settings = Settings.load(
             database_url=url, storage_dir=folder / "storage", worker_concurrency=10
         )
-        ways: dict[str, Tracing | None] = {"off": None, "on": telemetry.use(None)}
         for number in range(rounds + 1):
-            for way in sorted(ways, reverse=bool(number % 2)):
+            for way in list(ways)[:: -1 if number % 2 else 1]:
                 telemetry.use(ways[way])
                 batch = asyncio.run(run_batch(settings, jobs))
                 if number:  # the first one warms up
                     took[way].append(batch)
     server.remove()
-    return {
-        way: {
-            "processor_ms": 1000 * statistics.median(batch[0] for batch in batches),
-            "clock_ms": 1000 * statistics.median(batch[1] for batch in batches),
-        }
-        for way, batches in took.items()
-    }
+    return took
 
 
 @click.command()
-@click.option("--jobs", default=300, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.argument("jobs", type=int)
+@click.argument("rounds", type=int)
 def main(jobs: int, rounds: int) -> None:
-    """Measure."""
+    """Be the process that measures."""
     worker.make_compute = make_compute
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         collector = subprocess.Popen(
-            [sys.executable, "-m", "examples.see_traces", f"{folder}/spans.jsonl", str(port)]
+            [sys.executable, "-m", "examples.see_traces", f"{folder}/spans.jsonl", str(port)],
+            stdout=subprocess.DEVNULL,
         )
         try:
             os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{port}"
             telemetry.configure("benchmark")
-            medians = measure(Path(folder), jobs, rounds)
+            took = run_rounds(Path(folder), jobs, rounds)
         finally:
             collector.kill()
             collector.wait()
-    click.echo(json.dumps(medians))
+    click.echo(json.dumps(took))
+
+
+def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
+    """Measure jobs with and without tracing."""
+    jobs, rounds = (JOBS_QUICK, 1) if quick else (JOBS, min(rounds, ROUNDS))
+    command = [sys.executable, "-m", "benchmarks.tracing", str(jobs), str(rounds)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed: {done.stderr.decode()[-2000:]}")
+    took: dict[str, list[list[float]]] = json.loads(done.stdout.splitlines()[-1])
+    return Section(
+        "traces",
+        "Tracing",
+        METHOD.format(jobs=jobs),
+        [
+            Measurement(
+                f"traces-{name}",
+                what,
+                "ms a job",
+                "lower",
+                {way: [1000 * batch[place] for batch in batches] for way, batches in took.items()},
+                OFF,
+            )
+            for place, (name, what) in enumerate(
+                (("processor", "The worker's processor"), ("clock", "By the clock"))
+            )
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Random faults under load, for a given time; then everything is healed: nothing may be lost.
 
 Run it as ``python tests/faults/soak.py --seconds 600``. Its last line is "soak: ok", or it says
-what was violated and exits with 1. The same seed chooses the same faults, not their moments.
+what was violated and exits with 1. The line before has its counts as JSON. The same seed chooses
+the same faults, not their moments.
 """
 
 import contextlib
 import heapq
 import itertools
+import json
 import logging
 import random
 import shutil
@@ -38,7 +40,7 @@ from tests.faults.fleet import (
     restart_postgres,
     signal_all,
 )
-from tests.faults.invariants import assert_consistent, assert_each_attempt_ran_once
+from tests.faults.invariants import ALWAYS, assert_consistent, assert_each_attempt_ran_once
 from tests.faults.proxy import Proxy
 
 WORKERS = 4
@@ -300,17 +302,22 @@ def cancel_what_never_ends(jobs: Jobs) -> None:
     )
 
 
-def check(database: Database, fleet: Fleet, load: Load) -> None:
-    """Raise ``AssertionError`` for what is violated now that every job has ended."""
+def check(database: Database, fleet: Fleet, load: Load) -> dict[str, int]:
+    """Raise ``AssertionError`` for what is violated now that every job has ended; else count."""
     with psycopg.connect(database.url, autocommit=True) as conn:
         assert_consistent(conn)
-    assert_each_attempt_ran_once(fleet.ledger())
+        twice = len(conn.execute(ALWAYS["completed twice"].encode()).fetchall())
+    ledger = fleet.ledger()
+    assert_each_attempt_ran_once(ledger)
     rows = database.rows("select id, error_code, file_path from processing_jobs")
     lost = load.accepted - {row["id"] for row in rows}
     assert not lost, f"{len(lost)} jobs are gone"
     codes = {row["error_code"] for row in rows if row["error_code"]}
     assert codes <= INJECTED, f"jobs failed of their own accord: {codes - INJECTED}"
     assert_no_defects(fleet)
+    attempts = sum(entry.event == "start" for entry in ledger)
+    counts = {"accepted": len(load.accepted), "lost": len(lost)}
+    return counts | {"completed_twice": twice, "attempts": attempts}
 
 
 def summary(database: Database) -> dict[str, int]:
@@ -343,9 +350,13 @@ def soak(folder: Path, seconds: float, seed: int, *, poison: bool) -> None:
             return not unfinished(database)
 
         in_time = chaos.supervise_until(ended)
-        click.echo(f"jobs: {summary(database)}; all ended {time.monotonic() - began:.1f} s later")
+        healed = round(time.monotonic() - began, 1)
+        jobs = summary(database)
+        click.echo(f"jobs: {jobs}; all ended {healed} s later")
         assert in_time, f"not ended: {unfinished(database)[:5]}"
-        check(database, fleet, load)
+        counts = check(database, fleet, load)
+        faults = {"faults": chaos.counts, "load": load.counts}
+        click.echo(json.dumps(faults | {"jobs": jobs, "healed_seconds": healed} | counts))
 
 
 def unfinished(database: Database) -> list[dict[str, Any]]:
