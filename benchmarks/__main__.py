@@ -17,6 +17,15 @@ from benchmarks.figures import Measure, Section
 # The sections in their order. Each module has a function ``measure``.
 SECTIONS = {
     "queue": "benchmarks.queue",
+    "engines": "benchmarks.engines",
+    "fairness": "benchmarks.fairness",
+    "faults": "benchmarks.faults",
+    "growth": "benchmarks.growth",
+    "api": "benchmarks.api",
+    "listeners": "benchmarks.listeners",
+    "calls": "benchmarks.calls",
+    "pages": "benchmarks.pages",
+    "traces": "benchmarks.tracing",
     "commits": "benchmarks.commits",
     "storage": "benchmarks.storage",
     "simulated": "benchmarks.simulated",

@@ -1,44 +1,56 @@
-"""Many streams of events on one web server: ``python -m benchmarks.listeners``.
-
-A real ``pgscribe web`` on an embedded Postgres, and clients over real sockets in this process: of
-each user's streams one is of all jobs, the others of one job. Times are from just before the commit
-of a worker's progress until a client has read the event, on the clock that both processes share.
-
-- event: a job of one user changes, seen by that user's streams.
-- fan-out: one statement changes a job of every user, seen by all streams.
-
-Memory is what the server's resident set grew by, divided by the streams. The last line is one JSON
-object.
-"""
+"""Many streams of events on one web server."""
 
 import asyncio
-import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
-import click
 import psycopg
 
+from benchmarks.figures import Measurement, Section
+from benchmarks.memory import resident
+from benchmarks.web_process import WebProcess, token, web_process
 from db import migrate
 from db.embedded import EmbeddedPostgres
-from jobs.dev import free_port
-from jobs.settings import TokenSettings
-from web.auth import issue_token
 
-SECRET = "a secret of the benchmark's own, long enough"  # noqa: S105 - it opens nothing
+ROUNDS = 3
 PATIENCE = 60.0  # seconds
 AT_A_TIME = 50  # streams that are opened together
 
+METHOD = """\
+A real `pgscribe web` on an embedded Postgres, and {streams:,} streams of {users:,} users over real
+sockets in another process, all on the same cores: of each user's streams one is of all jobs
+(`GET /jobs/events`), the others of one job. Each round has a fresh server and database. Times are
+from just before the commit of a worker's progress until a client has read the event, on the clock
+that both processes share.
+
+- Event: {samples} times a job of one user changes, seen by that user's {per_user} streams.
+- Fan-out: {fan_outs} times one statement changes a job of every user, seen by all streams.
+
+Memory is what the web server's resident set grew by while the streams were opened, for each of
+them."""
+
 Connection = psycopg.Connection[tuple[UUID, UUID]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much to measure."""
+
+    streams: int = 1000
+    users: int = 200
+    samples: int = 150
+    fan_outs: int = 10
+
+
+QUICK = Sizes(100, 20, 20, 3)
 
 
 class Client:
@@ -134,125 +146,98 @@ def change(conn: Connection, jobs: Sequence[UUID]) -> float:
         return time.monotonic()
 
 
-def resident(pid: int) -> int:
-    """Return the KiB of a process's resident set."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise RuntimeError("No VmRSS")
+def percentile(values: list[float], percent: int) -> float:
+    """Return what so many percent of the values are at most."""
+    return statistics.quantiles(values, n=100)[percent - 1]
 
 
-@contextmanager
-def web_server(url: str, port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ``pgscribe web``."""
-    environment = os.environ | {
-        "PGSCRIBE_DATABASE_URL": url,
-        "PGSCRIBE_JWT_SECRET": SECRET,
-        "PGSCRIBE_STORAGE_DIR": str(folder / "storage"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-m", "jobs.cli", "web", "--port", str(port), "--stop-with-stdin"]
-    process = subprocess.Popen(
-        command, env=environment, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-async def until_up(port: int) -> None:
-    """Wait for the server."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
-                writer.close()
-                return
-
-
-def percentiles(name: str, values: list[float]) -> dict[str, float]:
-    """Return the median and the 99th percentile."""
-    cuts = statistics.quantiles(values, n=100)
-    return {f"{name}_p50_ms": round(cuts[49], 2), f"{name}_p99_ms": round(cuts[98], 2)}
-
-
-async def measure(  # noqa: PLR0913 - each has a name
-    conn: Connection, port: int, pid: int, *, listeners: int, users: int, samples: int
-) -> dict[str, float]:
-    """Return all figures."""
-    await until_up(port)
-    settings = TokenSettings.load(jwt_secret=SECRET)
-    jobs = dict(add_jobs(conn, users + 1))
-    tokens = [(user, issue_token(settings, user, lifetime=3600), job) for user, job in jobs.items()]
-    warm_up = Streams(port)
+async def measure_round(conn: Connection, server: WebProcess, sizes: Sizes) -> dict[str, float]:
+    """Open all streams and let jobs change."""
+    jobs = dict(add_jobs(conn, sizes.users + 1))
+    tokens = [(user, token(user), job) for user, job in jobs.items()]
+    warm_up = Streams(server.port)
     await warm_up.open(tokens[:1], 5)
-    before = resident(pid)
-    streams = Streams(port)
+    before = resident(server.pid)
+    streams = Streams(server.port)
     begin = time.monotonic()
-    await streams.open(tokens[1:], listeners // users)
+    await streams.open(tokens[1:], sizes.streams // sizes.users)
     opened = time.monotonic() - begin
-    grown = resident(pid) - before
+    grown = resident(server.pid) - before
     watched = list(streams.clients)
     events: list[float] = []
     await asyncio.sleep(2)  # until the second looks at all are done
-    for number in range(samples):
+    for number in range(sizes.samples):
         # Changes of one job that come in a quarter of a second are told together.
-        await asyncio.sleep(max(0.05, 0.3 / users))
-        user = watched[number % users]
+        await asyncio.sleep(max(0.05, 0.3 / sizes.users))
+        user = watched[number % sizes.users]
         since = change(conn, [jobs[user]])
         events += await streams.arrivals([user], since)
     everybody: list[float] = []
-    for _ in range(10):
+    for _ in range(sizes.fan_outs):
         await asyncio.sleep(0.5)
         since = change(conn, [jobs[user] for user in watched])
         everybody += await streams.arrivals(watched, since)
     return {
-        "sse_listeners": streams.connected,
-        "opened_per_s": round(listeners / opened),
-        **percentiles("event", events),
-        **percentiles("fan_out", everybody),
-        "memory_per_listener_kb": round(grown / listeners, 1),
-        "memory_after_kb": round((resident(pid) - before) / listeners, 1),
+        "open": streams.connected,
+        "opened": sizes.streams / opened,
+        "event-p50": percentile(events, 50),
+        "event-p99": percentile(events, 99),
+        "fan-out-p50": percentile(everybody, 50),
+        "fan-out-p99": percentile(everybody, 99),
+        "memory": grown / sizes.streams * 1000,
     }
 
 
-def measure_server(*, listeners: int, users: int, samples: int) -> dict[str, float]:
-    """Return the figures of a server of its own, on a Postgres of its own."""
+def measure_rounds(rounds: int, sizes: Sizes) -> list[dict[str, float]]:
+    """Return the figures of each round."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = EmbeddedPostgres(folder / "postgres")
-        try:
-            server.start()
-            migrate.migrate(server.url())
-            port = free_port()
-            with (
-                psycopg.connect(server.url(), autocommit=True) as conn,
-                web_server(server.url(), port, folder) as process,
-            ):
-                return asyncio.run(
-                    measure(
-                        conn, port, process.pid, listeners=listeners, users=users, samples=samples
-                    )
-                )
-        finally:
-            server.remove()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        postgres = EmbeddedPostgres(folder / "postgres")
+        stack.callback(postgres.remove)
+        postgres.start()
+        postgres.create_database("template")
+        postgres.bootstrap("template")
+        migrate.migrate(postgres.url(database="template"))
+        found = []
+        for number in range(rounds):
+            name = f"round_{number}"
+            postgres.create_database(name, template="template")
+            url = postgres.url(database=name)
+            with psycopg.connect(url, autocommit=True) as conn, web_process(url, folder) as server:
+                found.append(asyncio.run(measure_round(conn, server, sizes)))
+        return found
 
 
-@click.command()
-@click.option("--listeners", default=1000, show_default=True, type=click.IntRange(10))
-@click.option("--users", default=200, show_default=True, type=click.IntRange(1))
-@click.option("--samples", default=300, show_default=True, type=click.IntRange(10))
-def main(listeners: int, users: int, samples: int) -> None:
+LINES: Mapping[str, tuple[str, str, Literal["higher", "lower"]]] = {
+    "open": ("Streams open at the end, all of which had every event", "streams", "higher"),
+    "opened": ("Streams opened in a second", "streams/s", "higher"),
+    "event-p50": ("Event until read, p50", "ms", "lower"),
+    "event-p99": ("Event until read, p99", "ms", "lower"),
+    "fan-out-p50": ("Event to all streams until read, p50", "ms", "lower"),
+    "fan-out-p99": ("Event to all streams until read, p99", "ms", "lower"),
+    "memory": ("Memory of the web server for each stream", "kB", "lower"),
+}
+
+
+def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
     """Measure streams of events."""
-    click.echo(json.dumps(measure_server(listeners=listeners, users=users, samples=samples)))
-
-
-if __name__ == "__main__":
-    main()
+    sizes = QUICK if quick else Sizes()
+    found = measure_rounds(min(rounds, ROUNDS), sizes)
+    return Section(
+        "listeners",
+        "Streams of events",
+        METHOD.format(**vars(sizes), per_user=sizes.streams // sizes.users),
+        [
+            Measurement(
+                f"listeners-{name}",
+                what,
+                unit,
+                better,
+                {"pgscribe": [figures[name] for figures in found]},
+                headline=name == "event-p99",
+            )
+            for name, (what, unit, better) in LINES.items()
+        ],
+    )

@@ -1,0 +1,322 @@
+"""How everything changes with ten and a hundred times the rows."""
+
+import asyncio
+import functools
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from benchmarks.figures import Measurement, Plot, Section
+from benchmarks.filling import OWNER, QUERIES, fill, with_transcripts
+from benchmarks.queue_child import Work
+from benchmarks.queue_systems import OURS, Child, of_python, worker
+from benchmarks.web_process import read_answer, request, token, web_process
+from db import named_queries
+from db.embedded import EmbeddedPostgres
+
+ASKED = named_queries.load(Path(__file__).with_suffix(".sql"))
+ROUNDS = 3
+CONCURRENCY = 100
+WARM_UP, FEWEST = 2, 3  # requests
+ENOUGH = 2.0  # seconds for requests of one kind
+
+METHOD = """\
+Databases with {ended} jobs that ended within twenty days, of 500 owners, half of them one owner's;
+and with {waiting} jobs that wait, of 100 owners, beside {base:,} that ended. Each is filled once,
+analysed, and for each round copied (`create database … template`); the copies of a round are
+measured one after the other, in turning order, and each comes with nothing in Postgres' own cache.
+Ratios are to the smallest.
+
+- By REST, one request after the other to a `pgscribe web` process, medians of {asks}, or of as
+  many as fit into 2 s: a job with its transcript, the newest 20, the newest 20 that failed, the
+  operator's overview of 24 hours, in which a twentieth of the jobs ended; and the time from opening
+  a stream of events until its snapshot has begun.
+- By SQL, medians of {queries}: `queue_health`, `operator_metrics()`, which is what a scrape of
+  `/metrics` reads, and what the views and functions for the dashboard show.
+- Starts: a worker with {concurrency} jobs at a time that do nothing, of {few:,} that wait already,
+  or of {many:,} inserted before it started where none wait. The first {concurrency} are not
+  counted, since their slots were free.
+- Pickup: from just before the commit of an inserted row to its start in that worker, idle; median
+  of {pickups}.
+- Enqueue, last: rows a second of one connection, each row a transaction, and 1,000 a statement."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows, and how much to measure."""
+
+    ended: Sequence[int] = (10_000, 100_000, 1_000_000)
+    waiting: Sequence[int] = (1_000, 10_000, 100_000)
+    asks: int = 60
+    queries: int = 5
+    few: int = 900
+    many: int = 3_000
+    pickups: int = 40
+    singles: int = 300
+    batches: int = 5
+
+
+QUICK = Sizes((1_000, 10_000), (300, 3_000), 5, 2, 250, 300, 5, 30, 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the report. ``waiting``: whether it is also asked of databases whose jobs wait."""
+
+    what: str
+    unit: str = "ms"
+    waiting: bool = True
+    note: str = ""
+
+
+PATHS = {
+    "get": "/jobs/{job}",
+    "list": "/jobs?limit=20",
+    "list-failed": "/jobs?limit=20&status=failed",
+    "overview": "/operate/overview",
+}
+# As EXPLAIN says: most owners have 20 jobs of 10,000, so no index in their order seems worth it.
+SORTED = "In the smallest database the planner sorts the jobs of this owner, who has half of all."
+HEADLINES = ("starts", "get")
+LINES = {
+    "get": Line("`GET /jobs/{id}`", waiting=False),
+    "list": Line("`GET /jobs`", note=SORTED),
+    "list-failed": Line("`GET /jobs?status=failed`", waiting=False),
+    "overview": Line("`GET /operate/overview`"),
+    "snapshot": Line("`GET /jobs/events` until its snapshot"),
+    "health": Line("`queue_health`"),
+    "metrics": Line("`operator_metrics()`"),
+    "newest": Line("`job_inspection`: the newest 100 of all"),
+    "owner-newest": Line(
+        "`job_inspection`: the newest 100 of one owner, as that owner", note=SORTED
+    ),
+    "failed": Line("`operator_inspect_jobs('failed')`: 100", waiting=False),
+    "whose-wait": Line("`job_inspection`: whose jobs wait"),
+    "cost": Line("`job_inspection`: what all jobs cost, by owner", waiting=False),
+    "starts": Line(f"Starts, {CONCURRENCY} at a time", "jobs/s"),
+    "pickup": Line("Pickup by an idle worker, p50", waiting=False),
+    "enqueue": Line("Enqueue, a row a transaction", "rows/s"),
+    "enqueue-many": Line("Enqueue, 1,000 rows a statement", "rows/s"),
+}
+BY_SQL = {
+    "health": "admin_health",
+    "metrics": "owner_metrics",
+    "newest": "admin_newest",
+    "owner-newest": "owner_newest",
+    "failed": "owner_failed",
+    "whose-wait": "admin_whose_wait",
+    "cost": "admin_cost",
+}
+Figures = dict[str, float]
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A database to copy: its name, and what its column is called."""
+
+    name: str
+    column: str
+    waiting: bool
+
+
+def by_sql(conn: Connection, sizes: Sizes) -> Figures:
+    """Return the milliseconds of each query."""
+    return {
+        name: _median(functools.partial(_ask, conn, query), sizes.queries)
+        for name, query in BY_SQL.items()
+    }
+
+
+def _ask(conn: Connection, query: str) -> float:
+    values = {"owner": OWNER}
+    with conn.transaction():
+        if query.startswith("owner_"):
+            conn.execute(ASKED["act_as"], values)
+        begin = time.perf_counter()
+        conn.execute(ASKED[query], values).fetchall()
+        return 1000 * (time.perf_counter() - begin)
+
+
+def _median(ask: Callable[[], float], count: int) -> float:
+    ask()  # plans and caches
+    return statistics.median(ask() for _ in range(count))
+
+
+async def by_rest(port: int, jobs: Sequence[str], sizes: Sizes) -> Figures:
+    """Return the milliseconds of each request."""
+    mine, chance = token(OWNER), random.Random(1)  # noqa: S311 - no secret
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    found: Figures = {}
+    for name, path in PATHS.items():
+        taken: list[float] = []
+        until = time.monotonic() + ENOUGH
+        while len(taken) < WARM_UP + sizes.asks:
+            if time.monotonic() > until and len(taken) >= WARM_UP + FEWEST:
+                break
+            made = request("GET", path.format(job=chance.choice(jobs)), mine)
+            begin = time.perf_counter()
+            writer.write(made)
+            await read_answer(reader)
+            taken.append(1000 * (time.perf_counter() - begin))
+        found[name] = statistics.median(taken[WARM_UP:])
+    writer.close()
+    snapshots = [await _snapshot(port, mine) for _ in range(sizes.queries + 1)]
+    return found | {"snapshot": statistics.median(snapshots[1:])}
+
+
+async def _snapshot(port: int, mine: str) -> float:
+    begin = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("GET", "/jobs/events", mine))
+    while not (line := await reader.readline()).startswith(b"event: snapshot"):
+        if not line:
+            raise RuntimeError("The stream ended before its snapshot")
+    writer.close()
+    await writer.wait_closed()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def by_worker(conn: Connection, url: str, sizes: Sizes, *, waiting: bool) -> Figures:
+    """Return how fast jobs start, and how soon one where none waits."""
+    count = sizes.few if waiting else sizes.many
+    if not waiting:
+        conn.execute(QUERIES["waiting"], {"owner": OWNER, "jobs": count})
+    process = of_python(OURS, "benchmarks.queue_worker", OURS)
+    with worker(process, Work(url, CONCURRENCY)) as child:
+        starts = [child.read()["started"] for _ in range(count)]
+        steady = starts[CONCURRENCY:]  # the first ones had slots that were free
+        found = {"starts": (len(steady) - 1) / (steady[-1] - steady[0])}
+        if not waiting:
+            time.sleep(0.5)  # until the worker is idle
+            found["pickup"] = statistics.median(_pick_up(conn, child) for _ in range(sizes.pickups))
+    return found
+
+
+def _pick_up(conn: Connection, child: Child) -> float:
+    with conn.transaction():
+        conn.execute(ASKED["submit"], {"owner": OWNER})
+        committing = time.monotonic()
+    started: float = child.read()["started"]
+    time.sleep(random.uniform(0.015, 0.03))  # noqa: S311 - until the worker is idle again
+    return 1000 * (started - committing)
+
+
+def enqueue(conn: Connection, sizes: Sizes) -> Figures:
+    """Return rows a second."""
+
+    def rate(query: str, statements: int, rows: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(statements):
+            conn.execute(ASKED[query], {"owner": OWNER})
+        return rows / (time.perf_counter() - begin)
+
+    return {
+        "enqueue": rate("submit", sizes.singles, sizes.singles),
+        "enqueue-many": rate("submit_many", sizes.batches, 1000 * sizes.batches),
+    }
+
+
+def measure_copy(server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: Sizes) -> Figures:
+    """Copy a database, measure everything with it, and drop it."""
+    server.create_database("copy", template=filled.name)
+    url = server.url(database="copy")
+    jobs = with_transcripts(url)
+    with psycopg.connect(url, autocommit=True) as conn:
+        found = by_sql(conn, sizes)
+        with web_process(url, folder) as web:
+            found |= asyncio.run(by_rest(web.port, jobs, sizes))
+        found |= by_worker(conn, url, sizes, waiting=filled.waiting)
+        found |= enqueue(conn, sizes)
+    server.drop_database("copy")
+    return found
+
+
+def fill_all(server: EmbeddedPostgres, sizes: Sizes) -> Iterator[Filled]:
+    """Make the databases."""
+    for number in sizes.ended:
+        fill(server, f"ended_{number}", ended=number)
+        yield Filled(f"ended_{number}", f"{number:,} ended", waiting=False)
+    for number in sizes.waiting:
+        fill(server, f"waiting_{number}", ended=sizes.ended[0], waiting=number)
+        yield Filled(f"waiting_{number}", f"{number:,} waiting", waiting=True)
+
+
+def measurements(found: Mapping[str, Sequence[Figures]], *, waiting: bool) -> Iterator[Measurement]:
+    """Yield the lines for some databases."""
+    kind = "waiting" if waiting else "ended"
+    for name, line in LINES.items():
+        if waiting and not line.waiting:
+            continue
+        yield Measurement(
+            f"growth-{kind}-{name}",
+            line.what,
+            line.unit,
+            "lower" if line.unit == "ms" else "higher",
+            {column: [figures[name] for figures in rounds] for column, rounds in found.items()},
+            next(iter(found)),
+            "" if waiting else line.note,
+            headline=name in HEADLINES,
+        )
+
+
+def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
+    """Measure with all numbers of rows."""
+    sizes = QUICK if quick else Sizes()
+    found: dict[bool, dict[str, list[Figures]]] = {
+        waiting: defaultdict(list) for waiting in (False, True)
+    }
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = EmbeddedPostgres(folder / "postgres")
+        stack.callback(server.remove)
+        server.start()
+        databases = list(fill_all(server, sizes))
+        for number in range(min(rounds, ROUNDS)):
+            for one in databases[:: -1 if number % 2 else 1]:
+                figures = measure_copy(server, one, folder, sizes)
+                found[one.waiting][one.column].append(figures)
+    ordered = {
+        waiting: {
+            one.column: found[waiting][one.column] for one in databases if one.waiting == waiting
+        }
+        for waiting in found
+    }
+    return Section(
+        "growth",
+        "Growth with rows",
+        METHOD.format(
+            **{name: value for name, value in vars(sizes).items() if isinstance(value, int)},
+            ended=_listed(sizes.ended),
+            waiting=_listed(sizes.waiting),
+            base=sizes.ended[0],
+            concurrency=CONCURRENCY,
+        ),
+        [*measurements(ordered[False], waiting=False), *measurements(ordered[True], waiting=True)],
+        plots=[
+            Plot(
+                f"growth-{kind}-plot",
+                f"Requests by REST with more jobs that {verb}, ms",
+                "lines",
+                [f"growth-{kind}-{name}" for name in names],
+            )
+            for kind, verb, names in (
+                ("ended", "ended", ("get", "list", "overview", "snapshot", "health", "pickup")),
+                ("waiting", "wait", ("list", "overview", "snapshot", "health")),
+            )
+        ],
+    )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    *first, last = (f"{size:,}" for size in sizes)
+    return f"{', '.join(first)} and {last}"
