@@ -173,7 +173,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
         }
         of_ours = {"get": ours.get_job, "list": ours.list_jobs, "submit": ours.submit}
         makes = {OURS: of_ours, BARE: of_ours | {"list": ours.list_of_owner}}
-        loads = measure_rounds(servers, makes, rounds, 200 if quick else 2000)
+        loads = measure_rounds(servers, makes, rounds, 200 if quick else 1000)
     return Section(
         "api",
         "REST API",

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,23 +39,22 @@ MODELS = REPO / ".pgscribe" / "models"
 OWNER = UUID(int=1)
 ROUNDS, WORDS, WORDS_QUICK = 3, 260, 20
 PATIENCE = 600.0  # seconds
+PACKAGES = ("openai-whisper", "torch", "faster-whisper", "ctranslate2")
 LOOK = 0.05  # seconds between two looks at memory and at a job
 
-OPENAI, OPENAI_GREEDY = "openai-whisper", "openai-whisper, greedy"
-FLOAT32, INT8, BATCHED = (
-    f"faster-whisper, {how}" for how in ("float32", "int8", "int8 in batches")
-)
+OPENAI, OPENAI_GREEDY = "openai-whisper", "openai-whisper greedy"
+FLOAT32, INT8, BATCHED = (f"faster-whisper {how}" for how in ("float32", "int8", "int8 batched"))
 JOB, JOB_OPENAI = "pgscribe", "pgscribe with openai-whisper"
-ONE_PIECE = "pgscribe, in one piece"
+ONE_PIECE = "pgscribe in one piece"
 
-METHOD = """\
+METHOD = f"""\
 Each figure is of a process of its own, from its start with nothing loaded until the whole text can
 be read, loading of the model included; all read the same 16 kHz WAV with the same weights of
 `base`, find out the language themselves, and have all cores. They take turns, in an order that
-changes with each round.
+changes with each round; at most {ROUNDS} rounds.
 
-- `openai-whisper`: its command line, `whisper recording.wav --model base.pt`: beam 5, temperature
-  ladder, float32 as there is no GPU. Greedy: with `--beam_size None --best_of None`.
+- `{OPENAI}`: its command line, `whisper recording.wav --model base.pt`: beam 5, temperature
+  ladder, float32 as there is no GPU. `greedy`: with `--beam_size None --best_of None`.
 - `faster-whisper`: the examples of its README, for the CPU: beam 5, in float32, in int8, and the
   batched pipeline in int8 with the 8 windows at a time of its figures for CPUs.
 - `pgscribe`: a job that waits when `pgscribe worker` is started with default settings, until the
@@ -263,6 +263,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
             for name in list(ways)[:: -1 if number % 2 else 1]:
                 runs[name].append(ways[name].transcribe(long.path))
         said = {name: way.transcribe(people.path) for name, way in ways.items()} if people else {}
+    missing = () if find_spec("whisper") else ("openai-whisper", "torch")
     if people is None and not quick:
         left_out["speech of people"] = "Debian's package pocketsphinx-testdata is not installed"
     ordered = {name: runs[name] for name in ways}
@@ -276,6 +277,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
             Plot("engines-memory-plot", "Peak memory, MB", "bars", ["engines-memory"]),
         ],
         left_out=left_out,
+        versions={name: version(name) for name in PACKAGES if name not in missing},
     )
 
 

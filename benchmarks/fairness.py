@@ -32,7 +32,7 @@ METHOD = """\
 with 10 slots starts, of plain procrastinate as it comes and of pgscribe. Counted is how many of
 the {heavy:,} were claimed in an earlier transaction than the other owner's job, and the time from
 the first claim to that one's. The jobs do nothing, so with real ones multiply by how long they
-take.
+take. At most {rounds} rounds.
 
 **Simulated**, where only time is: jobs are inserted, claimed and ended by pgscribe's real functions
 in a real database, in the order that the lengths of the jobs give; seconds are simulated ones.
@@ -396,4 +396,4 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
             ]
         finally:
             server.remove()
-    return Section("fairness", "Fairness", METHOD.format(heavy=heavy), found)
+    return Section("fairness", "Fairness", METHOD.format(heavy=heavy, rounds=ROUNDS), found)

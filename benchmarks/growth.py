@@ -34,7 +34,7 @@ Databases with {ended} jobs that ended within twenty days, of 500 owners, half o
 and with {waiting} jobs that wait, of 100 owners, beside {base:,} that ended. Each is filled once,
 analysed, and for each round copied (`create database … template`); the copies of a round are
 measured one after the other, in turning order, and each comes with nothing in Postgres' own cache.
-Ratios are to the smallest.
+Ratios are to the smallest. At most {rounds} rounds.
 
 - By REST, one request after the other to a `pgscribe web` process, medians of {asks}, or of as
   many as fit into 2 s: a job with its transcript, the newest 20, the newest 20 that failed, the
@@ -85,7 +85,7 @@ PATHS = {
     "overview": "/operate/overview",
 }
 # As EXPLAIN says: most owners have 20 jobs of 10,000, so no index in their order seems worth it.
-SORTED = "In the smallest database the planner sorts the jobs of this owner, who has half of all."
+SORTED = "With 10,000 jobs the planner sorts all of this owner, who has half of them."
 HEADLINES = ("starts", "get")
 LINES = {
     "get": Line("`GET /jobs/{id}`", waiting=False),
@@ -300,14 +300,16 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
             waiting=_listed(sizes.waiting),
             base=sizes.ended[0],
             concurrency=CONCURRENCY,
+            rounds=ROUNDS,
         ),
         [*measurements(ordered[False], waiting=False), *measurements(ordered[True], waiting=True)],
         plots=[
             Plot(
                 f"growth-{kind}-plot",
-                f"Requests by REST with more jobs that {verb}, ms",
+                f"With more jobs that {verb}",
                 "lines",
                 [f"growth-{kind}-{name}" for name in names],
+                logarithmic=True,
             )
             for kind, verb, names in (
                 ("ended", "ended", ("get", "list", "overview", "snapshot", "health", "pickup")),

@@ -27,9 +27,9 @@ AT_A_TIME = 50  # streams that are opened together
 METHOD = """\
 A real `pgscribe web` on an embedded Postgres, and {streams:,} streams of {users:,} users over real
 sockets in another process, all on the same cores: of each user's streams one is of all jobs
-(`GET /jobs/events`), the others of one job. Each round has a fresh server and database. Times are
-from just before the commit of a worker's progress until a client has read the event, on the clock
-that both processes share.
+(`GET /jobs/events`), the others of one job. Each round (at most {rounds}) has a fresh server and
+database. Times are from just before the commit of a worker's progress until a client has read the
+event, on the clock that both processes share.
 
 - Event: {samples} times a job of one user changes, seen by that user's {per_user} streams.
 - Fan-out: {fan_outs} times one statement changes a job of every user, seen by all streams.
@@ -228,7 +228,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
     return Section(
         "listeners",
         "Streams of events",
-        METHOD.format(**vars(sizes), per_user=sizes.streams // sizes.users),
+        METHOD.format(**vars(sizes), rounds=ROUNDS, per_user=sizes.streams // sizes.users),
         [
             Measurement(
                 f"listeners-{name}",

@@ -37,7 +37,7 @@ METHOD = f"""\
 Chromium opens pages of a web server on an embedded Postgres; the user has 100 completed jobs, one
 of which is a transcript of {HOURS} hours: 40,000 words in 4,000 segments. Each page is opened by a
 browser that is signed in and has nothing in its cache, on the machine's processor as it is, and
-slowed down four times (Chrome's own throttling).
+slowed down four times (Chrome's own throttling). At most {ROUNDS} rounds.
 
 - Can be read: from the navigation until what people came for has been painted: 20 rows of the list,
   all 4,000 segments of the transcript.

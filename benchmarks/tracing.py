@@ -33,11 +33,11 @@ JOBS, JOBS_QUICK = 150, 20
 ROUNDS = 4
 OFF, ON = "without tracing", "with tracing"
 METHOD = """\
-{jobs} jobs at a time take the whole way in one worker, ten at a time, from the insert through the
-queue and the calls of four chunks to the result, but the calls return at once. In each round two
-such batches run one after the other, in turning order: without tracing, and with spans (21 a job)
-that are exported over HTTP to another process. Per job: seconds of the worker's processor, which
-other work on the machine changes little, and of the clock."""
+Batches of {jobs} jobs take the whole way in one worker, ten jobs at a time, from the insert through
+the queue and the calls of four chunks to the result, but the calls return at once. In each round
+(at most {rounds}) two batches run one after the other, in turning order: without tracing, and with
+spans (21 a job) that are exported over HTTP to another process. Per job: seconds of the worker's
+processor, which other work on the machine changes little, and of the clock."""
 
 CHUNKS = 4
 LENGTH = 60 * SAMPLE_RATE
@@ -176,7 +176,7 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
     return Section(
         "traces",
         "Tracing",
-        METHOD.format(jobs=jobs),
+        METHOD.format(jobs=jobs, rounds=ROUNDS),
         [
             Measurement(
                 f"traces-{name}",
