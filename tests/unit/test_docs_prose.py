@@ -208,8 +208,8 @@ def test_requests_without_a_route_are_found(app: Starlette) -> None:
 
 
 def test_error_codes_are_there() -> None:
-    """Each code that is listed is one that something gives."""
-    codes = CODE.findall(behind("with a stable `error_code`:").partition(". ")[0])
+    """Each code of a failed job is one that something gives, and is tried again as it says."""
+    listed = table("| `error_code` | what happened |")
     sources = [*REPO.glob("jobs/**/*.py"), *REPO.glob("modal_functions/*.py"),
                *REPO.glob("db/migrations/*.sql")]  # fmt: skip
     given = {
@@ -217,10 +217,15 @@ def test_error_codes_are_there() -> None:
         for source in sources
         for code in re.findall(r"""["']([a-z]+(?:_[a-z]+)*)["']""", source.read_text("utf-8"))
     }
-    assert len(codes) == len(set(codes)) > 20
-    assert set(codes) <= given
+    assert len(listed) > 20
+    assert set(listed) <= given
     of_recordings = {error.code for error in TranscriptionError.__subclasses__()}
-    assert of_recordings - {PreparedAudioGone.code} <= set(codes), "that is prepared again"
+    assert of_recordings - {PreparedAudioGone.code} <= set(listed), "that is prepared again"
+    errors = [(error.code, error.retryable) for error in every_error(PgscribeError)]
+    errors += [(error.code, error.retryable) for error in TranscriptionError.__subclasses__()]
+    for code, retryable in errors:
+        _, again, *_ = listed.get(code, ["", "if that may pass"])
+        assert again in {"yes" if retryable else "no", "if that may pass"}, code
 
 
 def behind(words: str) -> str:
