@@ -17,7 +17,10 @@ async function install(connectionString) {
 }
 
 async function connect(connectionString) {
-  const utils = await makeWorkerUtils({ connectionString, logger });
+  const pool = new pg.Pool({ connectionString, max: 1 });
+  const ignore = () => {}; // The database may be gone before the pool's last connection is.
+  pool.on("error", ignore).on("connect", (client) => client.on("error", ignore));
+  const utils = await makeWorkerUtils({ pgPool: pool, logger });
   return {
     insert: (number) =>
       number === 1
@@ -31,7 +34,7 @@ async function connect(connectionString) {
         await client.query("commit");
         return { committing, committed: now() };
       }),
-    close: () => utils.release(),
+    close: () => utils.release().then(() => pool.end()),
   };
 }
 
