@@ -65,6 +65,7 @@ def main() -> None:
       pgscribe doctor                  what is wrong with all of it, and how to mend it
 
     \b
-    Completion of commands and options, in ~/.bashrc (or zsh_source, fish_source):
+    Completion, in ~/.bashrc; in ~/.zshrc with zsh_source:
       eval "$(_PGSCRIBE_COMPLETE=bash_source pgscribe)"
+      _PGSCRIBE_COMPLETE=fish_source pgscribe | source      # for fish
     """
