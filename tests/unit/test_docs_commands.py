@@ -108,7 +108,7 @@ def known_options(file: Path) -> set[str]:
 
 # Of other programs nothing but the grammar is checked here; tests/faults/test_backup.py runs
 # psql and pg_dump.
-ONLY_READ = {"cd", "export", "ffmpeg", "flite", "git", "openssl", "pg_dump", "psql"}
+ONLY_READ = {"cd", "eval", "export", "ffmpeg", "flite", "git", "openssl", "pg_dump", "psql"}
 PROGRAMS: Mapping[str, Callable[[list[str]], None]] = {
     "pgscribe": lambda arguments: parse(main, "pgscribe", arguments),
     "modal": lambda arguments: parse(entrypoint_cli, "modal", arguments),

@@ -34,7 +34,7 @@ VARIABLE = re.compile(r"PGSCRIBE_[A-Z_]*[A-Z]\b(?!_)")
 REQUEST = re.compile(r"(GET|HEAD|POST|PUT|PATCH|DELETE) (/\S*)")
 FILE = re.compile(r"[\w.-]+(/[\w.-]+)+/?")
 # Set in containers on Modal, and by tests.
-OTHERS = {"PGSCRIBE_AUDIO_DIR", "PGSCRIBE_WEIGHTS_DIR"}
+OTHERS = {"PGSCRIBE_AUDIO_DIR", "PGSCRIBE_COMPLETE", "PGSCRIBE_WEIGHTS_DIR"}
 ID = "00000000-0000-4000-8000-000000000001"
 
 
