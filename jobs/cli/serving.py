@@ -73,7 +73,7 @@ stop_with_stdin = click.option(
 )
 
 
-PORT = click.IntRange(1, 65535)
+PORT = click.IntRange(0, 65535)  # 0: any that is free
 
 
 @click.command(short_help="Run everything on this machine.")
