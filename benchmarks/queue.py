@@ -75,7 +75,8 @@ time. *Enqueue*: jobs a second from one connection with the system's own client.
 `kill -9` of a worker to the start of its job in another one that was there; all samples wait side
 by side. *Idle*: what an idle worker sends to its database, transaction control included (with
 Redis, commands, those of its scripts included), and the CPU that the server's processes for it
-use; once for all rounds, all side by side.
+use; once for all rounds, all side by side. pgscribe's has what `pgscribe worker` does every minute
+in it: it looks for calls and audio that ended jobs have left behind.
 """
 
 LEFT_OUT = {

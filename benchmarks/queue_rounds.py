@@ -204,7 +204,7 @@ def start_idle(places: Places, system: System, stack: ExitStack) -> Idle:
     if not place.pid:
         proxy, url = stack.enter_context(place.proxied(0))
         conn = stack.enter_context(psycopg.connect(place.url, autocommit=True))
-    child = stack.enter_context(worker(system, Work(url, 10)))
+    child = stack.enter_context(worker(system, Work(url, 10, behaviour="idle")))
     producer = places.producers[system.name]
     producer.ask(url=place.url, statements=1, jobs=1)
     producer.ask(close=True)

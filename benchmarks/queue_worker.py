@@ -7,7 +7,8 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -17,12 +18,14 @@ from psycopg.conninfo import make_conninfo
 
 from benchmarks.queue_child import Drained, Producer, System, Work, run, say
 from db import migrate
-from jobs import database
+from jobs import database, retention, tasks, worker
+from jobs.database import Pool
 from jobs.errors import EngineCrashed
 from jobs.queue import QUEUE_NAME
 from jobs.settings import Settings
+from jobs.storage.base import Storage
+from jobs.storage.choose import make_storage
 from jobs.tasks import TASK_NAME
-from jobs.worker import make_app
 
 OWNERS = [UUID(int=number) for number in range(1, 11)]
 HANG = 3600.0  # seconds
@@ -131,6 +134,20 @@ def add_task(app: procrastinate.App, run_job: RunJob) -> None:
         return await run_job(context)
 
 
+def add_upkeep(app: procrastinate.App, pool: Pool, storage: Storage, settings: Settings) -> None:
+    """Register what a worker of pgscribe's does every minute and every ten, whatever waits."""
+    nothing_runs: Any = None
+    clean_up = worker._clean_up  # noqa: SLF001 - what the product's worker passes on
+    tasks.add_tasks(
+        app,
+        nothing_runs,
+        nothing_runs,
+        partial(retention.prune, pool, storage, settings),
+        partial(clean_up, pool, storage, worker.make_compute(settings)),
+    )
+    del app.tasks[TASK_NAME]  # jobs are the benchmark's
+
+
 @asynccontextmanager
 async def pgscribe(work: Work, run_job: RunJob) -> AsyncIterator[RunWorker]:
     """Provide pgscribe's worker."""
@@ -140,8 +157,10 @@ async def pgscribe(work: Work, run_job: RunJob) -> AsyncIterator[RunWorker]:
         stall_timeout=work.stall or STALL_TIMEOUT,
     )
     pool = database.make_pool(settings, name="benchmark", for_queue=True)
-    app = make_app(settings)
-    async with pool, app.open_async(pool):
+    app = worker.make_app(settings)
+    async with pool, app.open_async(pool), aclosing(make_storage(settings)) as storage:
+        if work.behaviour == "idle":
+            add_upkeep(app, pool, storage, settings)
         add_task(app, run_job)
         yield app.new_worker(concurrency=work.concurrency).run
 
@@ -173,6 +192,7 @@ async def drain(open_worker: OpenWorker, jobs_table: str, work: Work) -> None:
         drained.start()
         return transcript
 
+    begin = time.monotonic()  # with connecting, as for all systems
     async with (
         open_worker(work, run_job) as run_worker,
         await psycopg.AsyncConnection.connect(work.url, autocommit=True) as conn,
@@ -182,10 +202,9 @@ async def drain(open_worker: OpenWorker, jobs_table: str, work: Work) -> None:
             row = await (await conn.execute(unfinished.encode())).fetchone()
             return row is not None and bool(row[0])
 
-        begin = time.monotonic()
-        worker = asyncio.create_task(run_worker())
+        running = asyncio.create_task(run_worker())
         await drained.wait(begin, is_unfinished)
-        await worker
+        await running
 
 
 async def hang(_: procrastinate.JobContext) -> None:
@@ -209,7 +228,13 @@ async def nothing(_: procrastinate.JobContext) -> None:
     """Do nothing."""
 
 
-BEHAVIOURS = {"hang": hang, "fail": fail, "take-time": take_time, "nothing": nothing}
+BEHAVIOURS = {
+    "hang": hang,
+    "fail": fail,
+    "take-time": take_time,
+    "nothing": nothing,
+    "idle": nothing,  # and, as a real worker, what is done every minute
+}
 
 
 async def serve(open_worker: OpenWorker, work: Work) -> None:
