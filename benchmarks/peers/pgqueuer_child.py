@@ -74,6 +74,7 @@ async def connect(url: str) -> Producer:
 
 async def work_on(work: Work) -> None:
     """Drain the queue, or say when each job starts."""
+    begin = time.monotonic()
     app = PgQueuer(AsyncpgDriver(await asyncpg.connect(work.url)))
     watcher = await asyncpg.connect(work.url)
     drained = Drained(work.jobs)
@@ -89,7 +90,6 @@ async def work_on(work: Work) -> None:
     app.entrypoint(ENTRYPOINT)(start)
     stall = timedelta(seconds=work.stall) if work.stall else None
     sooner = {"heartbeat_timeout": stall, "dequeue_timeout": stall} if stall else {}
-    begin = time.monotonic()
     worker = asyncio.create_task(app.run(batch_size=work.concurrency, **sooner))
     if not work.jobs:
         say({"ready": True})
