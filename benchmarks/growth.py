@@ -34,12 +34,14 @@ Databases with {ended} jobs that ended within twenty days, of 500 owners, half o
 and with {waiting} jobs that wait, of 100 owners, beside {base:,} that ended. Each is filled once,
 analysed, and for each round copied (`create database … template`); the copies of a round are
 measured one after the other, in turning order, and each comes with nothing in Postgres' own cache.
-Ratios are to the smallest. At most {rounds} rounds.
+The newest 1,000 jobs that ended have a transcript, that of a minute; the others' are empty, so that
+a million fit. Ratios are to the smallest. At most {rounds} rounds.
 
 - By REST, one request after the other to a `pgscribe web` process, medians of {asks}, or of as
-  many as fit into 2 s: a job with its transcript, the newest 20, the newest 20 that failed, the
-  operator's overview of 24 hours, in which a twentieth of the jobs ended; and the time from opening
-  a stream of events until its snapshot has begun.
+  many as fit into 2 s: a job with its transcript (at random of the owner's newest 500 that have
+  one), the newest 20, the newest 20 that failed, the operator's overview of 24 hours, in which a
+  twentieth of the jobs ended; and the time from opening a stream of events until its snapshot has
+  begun.
 - By SQL, medians of {queries}: `queue_health`, `operator_metrics()`, which is what a scrape of
   `/metrics` reads, and what the views and functions for the dashboard show.
 - Starts: a worker with {concurrency} jobs at a time that do nothing, of {few:,} that wait already,
