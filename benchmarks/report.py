@@ -242,14 +242,22 @@ def made_on(report: Report) -> Iterator[str]:
         yield f"- {what}: {value}"
 
 
-def printed(figure: float, digits: int = DIGITS) -> str:
-    """Return a figure as the report prints it: with three digits that say something."""
-    if not figure:
-        return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(figure)))
-    return f"{round(figure, decimals):,.{min(max(decimals, 0), MOST_DECIMALS)}f}"
+def printed(figure: float) -> str:
+    """Return a figure as the report prints it: with three digits that say something.
+
+    What was counted is whole, and shown so.
+    """
+    text = _rounded(figure, DIGITS)
+    return text.partition(".")[0] if float(figure).is_integer() else text
 
 
 def printed_ratio(ratio: float) -> str:
     """Return a ratio as the report prints it."""
-    return f"{printed(ratio, RATIO_DIGITS)}x"
+    return f"{_rounded(ratio, RATIO_DIGITS)}x"
+
+
+def _rounded(figure: float, digits: int) -> str:
+    if not figure:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(figure)))
+    return f"{round(figure, decimals):,.{min(max(decimals, 0), MOST_DECIMALS)}f}"
