@@ -90,12 +90,15 @@ def for_each(ids: Iterable[UUID], act: Callable[[UUID], str]) -> None:
 
 
 def echo_rows(rows: Iterable[T], line: Callable[[T], str], *, as_json: bool, none: str) -> None:
-    """Print what was found: a line for each, or all as one JSON array; say it if there is none."""
+    """Print what was found: a line for each, or all as one JSON array; say it if there is none.
+
+    JSON knows no infinite number: what is one, as a limit that there is not, is null.
+    """
     found = [*rows]
     if as_json:
         from pydantic_core import to_json
 
-        click.echo(to_json(found, indent=2))
+        click.echo(to_json(found, indent=2, inf_nan_mode="null"))
         return
     for row in found:
         click.echo(printable(line(row)))

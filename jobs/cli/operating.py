@@ -1,5 +1,6 @@
 """``pgscribe jobs``, ``cancel``, ``retry``, ``pause``, ``resume`` and ``limit``: for operators."""
 
+import math
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -184,19 +185,34 @@ def _pause_or_resume(change: str, owners: tuple[UUID, ...], queue: str | None, n
         click.echo(f"{name} {now}")
 
 
+class _Amount(click.FloatRange):
+    """A number, perhaps an infinite one; what is none would limit nothing, and not say so."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+# More than anybody has, and no more than the columns hold.
+_COUNT = 10**9
+_BYTES = 10**15
+
+
 @click.command(short_help="Show or set what owners may have.")
 @click.argument("owner", required=False, type=click.UUID)
 @click.option(
     "--default", "everybody", is_flag=True, help="For owners without limits of their own."
 )
-@click.option("--max-running", type=click.IntRange(1), help="Jobs at a time [100].")
-@click.option("--weight", type=click.FloatRange(0, min_open=True), help="Share; others have 1.")
-@click.option("--max-queued", type=click.IntRange(0), help="Jobs that wait [10000].")
-@click.option(
-    "--max-audio-seconds-per-month", type=click.FloatRange(0), help="Of calendar months, UTC."
-)
-@click.option("--max-file-bytes", type=click.IntRange(0), help="Of one recording.")
-@click.option("--max-duration", type=click.FloatRange(0), help="Seconds of one recording.")
+@click.option("--max-running", type=click.IntRange(1, _COUNT), help="Jobs at a time [100].")
+@click.option("--weight", type=_Amount(0.001, 1000), help="Share; others have 1.")
+@click.option("--max-queued", type=click.IntRange(0, _COUNT), help="Jobs that wait [10000].")
+@click.option("--max-audio-seconds-per-month", type=_Amount(0), help="Of calendar months, UTC.")
+@click.option("--max-file-bytes", type=click.IntRange(0, _BYTES), help="Of one recording.")
+@click.option("--max-duration", type=_Amount(0), help="Seconds of one recording.")
 @click.option("--reset", is_flag=True, help="Set them as if none had ever been given.")
 @as_json
 @friendly

@@ -15,7 +15,7 @@ select public.resume_owner(%(owner)s)
 
 -- limit_owner --
 select public.limit_owner(
-  %(owner)s, %(max_running)s, %(weight)s, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)
+  %(owner)s, %(max_running)s, %(weight)s::real, %(max_queued)s, %(max_audio_seconds_per_month)s, %(max_file_bytes)s, %(max_duration)s)
 
 -- limit_owners --
 select public.limit_owners(

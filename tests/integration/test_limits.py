@@ -439,6 +439,8 @@ def test_operators_set_limits(
     assert {"limit": "max_duration", "value": None, "is_own": True} in json.loads(
         limit("--default", "--json")
     )
+    in_json = json.loads(limit(user, "--json"), parse_constant=pytest.fail)
+    assert {"limit": "max_audio_seconds_per_month", "value": None, "is_own": True} in in_json
     assert "no user" in limit("00000000-0000-4000-8000-00000000000f", "--max-running", 1)
     for wrong in (
         [],
@@ -446,9 +448,13 @@ def test_operators_set_limits(
         ["--default", "--weight", 2],
         [user, "--max-queued=-1"],
         [user, "--max-queued", 1, "--reset"],
+        [user, "--max-queued", 10**12],
+        [user, "--max-duration", "nan"],
+        [user, "--weight", 1e300],
     ):
         assert "Usage:" in limit(*wrong)
     assert read() == set_now, "changed by what only shows limits or is refused"
+    assert ["weight", "0.5"] in [line.split() for line in limit(user, "--weight", 0.5).splitlines()]
     limit(user, "--reset")
     assert read()[1] == (None, None, None, None)
 
