@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jobs.settings import Settings
 
 HOME = Path(".pgscribe")
-CONNECT_TIMEOUT = 2  # seconds, before a process goes on without having looked
+PATIENCE = 2  # seconds, before a process goes on without having looked
 
 
 def _observe(settings: "Settings", name: str) -> None:
@@ -30,26 +30,36 @@ def _look_over(settings: "Settings") -> None:
     """Log what keeps no process from starting, and yet is not what somebody meant."""
     import logging
 
+    from psycopg.conninfo import conninfo_to_dict
+
+    from jobs.doctor.environment import unknown_variables
+
+    for finding in unknown_variables():
+        logging.getLogger(__name__).warning("%s. %s", finding.seen, finding.mend)
+    url = settings.database_url.get_secret_value()
+    conninfo_to_dict(url)  # what can't be read becomes right by no waiting
+    # A pooler without a database, or a lock on the ledger, would hold this up for minutes.
+    looking = threading.Thread(target=_look_at_migrations, args=(url,), daemon=True)
+    looking.start()
+    looking.join(PATIENCE)
+
+
+def _look_at_migrations(url: str) -> None:
+    import logging
+
     import psycopg
 
     from db import migrate
-    from jobs.doctor.environment import unknown_variables
 
-    logger = logging.getLogger(__name__)
-    for finding in unknown_variables():
-        logger.warning("%s. %s", finding.seen, finding.mend)
-    url = settings.database_url.get_secret_value()
     try:
         with psycopg.connect(
-            url, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None, autocommit=True
+            url, connect_timeout=PATIENCE, prepare_threshold=None, autocommit=True
         ) as conn:
             missing = migrate.pending(conn)
-    except psycopg.Error as exc:
-        if isinstance(exc, psycopg.ProgrammingError) and exc.sqlstate is None:
-            raise  # no such setting becomes right by waiting
+    except psycopg.Error:
         return  # whoever needs the database says so, and tries again
     if missing:
-        logger.warning(
+        logging.getLogger(__name__).warning(
             "%d of %d migrations are missing in the database, the first is %s: run "
             "`pgscribe migrate`",
             len(missing),

@@ -198,20 +198,34 @@ def test_what_is_not_meant_is_said_at_the_start(
         "delete from supabase_migrations.schema_migrations where version = %s", (last.version,)
     )
     monkeypatch.setenv("PGSCRIBE_WORKER_CONCURENCY", "3")
+    status, said, port = _serve_where_somebody_listens()
+    assert status == 3
+    assert "Did you mean PGSCRIBE_WORKER_CONCURRENCY" in said
+    assert f"1 of {len(migrate.migrations())} migrations are missing" in said
+    assert f"Can't listen on 127.0.0.1 port {port}: give another --port" in said
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_ledger_that_can_not_be_read_now_holds_no_start_up(conn: psycopg.Connection) -> None:
+    with conn.transaction():
+        conn.execute("lock table supabase_migrations.schema_migrations in access exclusive mode")
+        status, said, _ = _serve_where_somebody_listens()
+    assert (status, "migrations" in said) == (3, False)
+
+
+def _serve_where_somebody_listens() -> tuple[int, str, int]:
+    """Start a web server that has to give up; return its exit status, its log and the port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        environment = dict(os.environ, PYTHONPATH=str(ROOT))
+        port = taken.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "web", "--port", port],
+            [sys.executable, "-m", "jobs.cli", "web", "--port", str(port)],
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            timeout=60,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)),
         )
-    assert done.returncode == 3
-    assert "Did you mean PGSCRIBE_WORKER_CONCURRENCY" in done.stderr
-    assert f"1 of {len(migrate.migrations())} migrations are missing" in done.stderr
-    assert f"Can't listen on 127.0.0.1 port {port}: give another --port" in done.stderr
+    return done.returncode, done.stderr, port
 
 
 @pytest.mark.usefixtures("configured")
