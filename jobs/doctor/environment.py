@@ -66,7 +66,7 @@ async def check_settings(context: Context) -> Finding:
 
 def unknown_variables() -> Iterator[Finding]:
     """Yield variables that look like settings and are none: nobody reads them."""
-    known = known_variables()
+    known = known_variables() | _links_to_services()
     for name in sorted({*os.environ, *dotenv("")} - known):
         begins, *more = _NO_NAME.split(name, maxsplit=1)
         if more and begins.startswith(PREFIX):  # what follows may be a secret
@@ -76,6 +76,17 @@ def unknown_variables() -> Iterator[Finding]:
         if name.startswith(PREFIX) or (similar and name.startswith("P")):
             meant = f"Did you mean {similar[0]} by {name}?" if similar else f"Remove {name}."
             yield warn(f"{name} is no setting and is not read", meant)
+
+
+def _links_to_services() -> set[str]:
+    """Return what Kubernetes sets in each container, of a service named ``pgscribe-web``."""
+    links = tuple(
+        name.removesuffix("SERVICE_HOST") + part
+        for name in os.environ
+        if name.startswith(PREFIX) and name.endswith("_SERVICE_HOST")
+        for part in ("SERVICE_", "PORT")
+    )
+    return {name for name in os.environ if name.startswith(links)}
 
 
 def _contradictions(settings: Settings) -> Iterator[Finding]:

@@ -192,6 +192,8 @@ def test_settings_that_cannot_be_meant_are_named(doctor: Doctor) -> None:
     mend = problem(report, "settings", "PGSCRIBE_DATABASE_POOL_SIZ is no setting", "warn")
     assert "Did you mean PGSCRIBE_DATABASE_POOL_SIZE" in mend
     assert "Remove PGSCRIBE_WHATEVER_THIS_IS." in mend
+    report = doctor(*only, WEB_SERVICE_HOST="10.0.0.7", WEB_PORT_80_TCP_ADDR="10.0.0.7")
+    assert "WEB_" not in report["settings"]["seen"], "set by Kubernetes, for a service pgscribe-web"
     report = doctor(WORKER_CONCURRENCY="lots")
     problem(report, "settings", "PGSCRIBE_WORKER_CONCURRENCY")
     assert {check["status"] for name, check in report.items() if name != "settings"} == {"skipped"}
