@@ -176,9 +176,11 @@ class LocalStorage:
     async def upload_offset(self, grant: ResumableGrant) -> int:
         """Return how many bytes of an upload have arrived.
 
-        Raises ``UploadGone`` and, where they all have, ``UploadLocked`` and ``FileExists``.
+        Raises ``UploadGone`` and, where they all have, ``UploadLocked``, ``FileExists`` and
+        ``StorageUnavailable``.
         """
-        return await asyncio.to_thread(self._upload(grant).offset)
+        with _written():
+            return await asyncio.to_thread(self._upload(grant).offset)
 
     async def append(self, grant: ResumableGrant, offset: int, chunks: AsyncIterator[bytes]) -> int:
         """Add a stream to what has arrived, ``offset`` bytes, and return how many it is then.

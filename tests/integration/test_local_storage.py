@@ -1,9 +1,11 @@
 """Links of ours to local audio, over the routes that serve them."""
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -369,3 +371,34 @@ async def test_a_disk_that_takes_nothing_is_in_the_log_and_passes(
     with pytest.raises(ConnectionResetError):
         await storage.save(PATH, breaks_off())
     assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == []
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Refuse what would make a file of this process longer, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_what_a_full_disk_took_of_an_upload_is_deleted_or_goes_on(
+    storage: LocalStorage, tmp_path: Path
+) -> None:
+    grant = ResumableGrant(PATH, len(SOUND), int(time.time()) + 60)
+    with files_of_at_most(8192):
+        with pytest.raises(StorageUnavailable):
+            await storage.save(PATH, one(SOUND))
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        await storage.begin_upload(grant)
+        with pytest.raises(StorageUnavailable):
+            await storage.append(grant, 0, one(SOUND))
+    assert await storage.upload_offset(grant) == 8192
+    assert await storage.append(grant, 8192, one(SOUND[8192:])) == len(SOUND)
+    assert (await storage.path(PATH)).read_bytes() == SOUND
+    (tmp_path / "audio").rename(tmp_path / "gone")
+    (tmp_path / "audio").write_text("no folder")
+    with pytest.raises(StorageUnavailable):
+        await storage.upload_offset(grant)
