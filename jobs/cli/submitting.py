@@ -10,6 +10,7 @@ from uuid import UUID
 import click
 
 from jobs.cli.common import friendly
+from jobs.errors import PgscribeError
 
 if TYPE_CHECKING:
     from jobs.client import JobClient
@@ -68,12 +69,18 @@ def transcribe(  # noqa: PLR0913 - one argument per option
                 submitted += [(file, job_id) for job_id in _submit(client, file, options)]
             done = [_show(client, file, job_id, output) for file, job_id in submitted]
         except KeyboardInterrupt:
-            ids = " ".join(str(job_id) for _, job_id in submitted)
-            click.echo(
-                f"\nStopped waiting. What was submitted goes on: {ids or 'nothing'}", err=True
-            )
+            click.echo(f"\nStopped waiting. {_what_goes_on(submitted)}", err=True)
             sys.exit(130)
+        except (PgscribeError, click.ClickException):
+            if submitted:
+                click.echo(_what_goes_on(submitted), err=True)
+            raise
     sys.exit(len(done) < len(files) or not all(done))
+
+
+def _what_goes_on(submitted: list[tuple[Path, UUID]]) -> str:
+    ids = " ".join(str(job_id) for _, job_id in submitted)
+    return f"What was submitted goes on: {ids or 'nothing'}"
 
 
 def _submit(client: "JobClient", file: Path, options: dict[str, Any]) -> list[UUID]:

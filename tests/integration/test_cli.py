@@ -18,6 +18,9 @@ from db import migrate
 from jobs import __version__
 from jobs.cli import main
 from jobs.settings import Settings
+from jobs.tokens import issue_token
+from tests.live import serve
+from web.app import create_app
 
 Run = Callable[..., Result]
 ROOT = Path(migrate.__file__).parents[1]
@@ -275,6 +278,24 @@ def test_jobs_shows_every_owners(pgscribe: Run, conn: psycopg.Connection, user: 
     unknown = pgscribe("jobs", str(uuid4()))
     assert (unknown.exit_code, "no such job" in unknown.output) == (1, True)
     assert "'queued', 'processing'" in pgscribe("jobs", "--status", "done").output
+
+
+def test_what_was_submitted_before_a_refusal_is_named(
+    pgscribe: Run,
+    configured: Settings,
+    conn: psycopg.Connection,
+    user: UUID,
+    sample: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conn.execute("select public.limit_owner(%s, max_queued => 1)", (user,))
+    monkeypatch.setenv("PGSCRIBE_TOKEN", issue_token(configured, user, lifetime=60))
+    with serve(create_app(configured)) as url:
+        monkeypatch.setenv("PGSCRIBE_URL", url)
+        result = pgscribe("transcribe", str(sample), str(sample))
+    ((job,),) = conn.execute("select id from processing_jobs").fetchall()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"What was submitted goes on: {job}\nError: max_queued")
 
 
 def test_transcribe_without_a_server_says_how_to_start_one(
