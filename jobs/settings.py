@@ -416,6 +416,9 @@ class Settings(TokenSettings, CallSettings):
         url = value.get_secret_value()
         if "://" in url and not re.match(r"postgres(ql)?://|[^:]*=", url):
             raise ValueError("must begin with postgresql://")
+        # Libpq would take what is between them for the host, and tell it in each error.
+        if re.match(r"postgres(ql)?://[^/?]*@[^/?]*@", url):
+            raise ValueError("has two @ before the host; write those of the password as %40")
         return value
 
     @field_validator("cors_origins", "trusted_proxies", "webhook_networks", mode="before")

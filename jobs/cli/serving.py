@@ -108,6 +108,8 @@ def dev(port: int) -> None:
 
     exit_on_signals()
     program = "pgscribe" if shutil.which("pgscribe") else os.path.relpath(sys.argv[0])
+    if Path(program).name == "__main__.py":
+        program = f"{os.path.relpath(sys.executable)} -m jobs.cli"
     sample = Path("examples/sample.mp3")
     recording = sample if sample.exists() else "talk.mp3"
     try:

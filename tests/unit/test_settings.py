@@ -118,6 +118,7 @@ def test_a_gpu_costs_as_much_as_the_first_of_those_that_will_do(
     [
         ("PGSCRIBE_DATABASE_URL", "mysql://localhost/x", "must begin with postgresql://"),
         ("PGSCRIBE_DATABASE_URL", "https://:hidden@x/", "must begin with postgresql://"),
+        ("PGSCRIBE_DATABASE_URL", "postgres://u:p@hidden@x/", "has two @ .* password as %40"),
         ("PGSCRIBE_URL", "localhost:8000", "must begin with https:// or http://"),
     ],
 )
@@ -132,7 +133,7 @@ def test_what_can_be_no_address_is_refused_before_anything_connects(
 
 
 @pytest.mark.parametrize(
-    "url", ["", "host=db dbname=postgres", "postgres://u:p@db/postgres", "dbname=x://"]
+    "url", ["", "host=db dbname=postgres", "postgres://u:p@db/post@gres?user=a@b", "dbname=x://"]
 )
 def test_a_database_may_be_named_in_each_way_that_libpq_knows(url: str) -> None:
     assert Settings.load(database_url=url).database_url.get_secret_value() == url
