@@ -349,7 +349,7 @@ async def test_options_may_follow_the_file(url: str, token: str, jobs: Jobs) -> 
     ("fields", "param", "message"),
     [
         ([MODEL], "file", "missing"),
-        ([FILE], "model", "required"),
+        ([FILE], "model", "is missing"),
         ([FILE, FILE, MODEL], "file", "one recording"),
         ([("file", ("a.mp3", b"")), MODEL], "file", "empty"),
         ([FILE, ("model", "../up")], "model", "no model's name"),
@@ -362,7 +362,7 @@ async def test_options_may_follow_the_file(url: str, token: str, jobs: Jobs) -> 
         ([FILE, MODEL, ("prompt", "x" * 2001)], "prompt", "2000"),
         ([FILE, MODEL, ("prompt", "x" * 70_000)], "prompt", "65536 bytes"),
         ([FILE, MODEL, ("stream", "perhaps")], "stream", "boolean"),
-        ([FILE, MODEL, ("speed", "2")], "speed", "not permitted"),
+        ([FILE, MODEL, ("speed", "2")], "speed", "is unknown here; there are"),
         ([FILE, MODEL, ("include[]", "logprobs")], "include", "not kept"),
         ([FILE, MODEL, ("keywords[]", "x")], "keywords", "prompt"),
         ([FILE, MODEL, ("known_speaker_names[]", "x")], "known_speaker_names", "speakers"),
