@@ -1,5 +1,8 @@
 """Every error of pgscribe: one root, each with a stable code and a message for people."""
 
+import copyreg
+from typing import Any
+
 
 class PgscribeError(Exception):
     """Something went wrong inside pgscribe; its log says what."""
@@ -12,6 +15,10 @@ class PgscribeError(Exception):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.__doc__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let pools of processes pass it on: what ``__init__`` was told it does not take again."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class SettingsError(PgscribeError):
