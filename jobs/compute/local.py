@@ -91,7 +91,8 @@ def check_installed(engine: str) -> None:
 
 
 def _child_environment() -> dict[str, str]:
-    return {
+    # Threads of torch that spin while they wait would take the cores from the other processes'.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | {
         name: value
         for name, value in os.environ.items()
         if name in _ENVIRONMENT or name.startswith(_ENVIRONMENT_PREFIXES)

@@ -398,13 +398,16 @@ async def test_processes_get_no_secret_and_end_with_the_compute(
 ) -> None:
     monkeypatch.setenv("PGSCRIBE_DATABASE_URL", "postgresql://x:secret@db/x")
     monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", "secret")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     async with LocalCompute(settings) as compute:
         plan = await prepared(compute, sample)
         async with running(compute, whole(plan)) as (_, waiting):
             processes = engine_processes()
             assert len(processes) == 2
             for pid in processes:
-                assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+                assert b"secret" not in environment
+                assert b"OMP_WAIT_POLICY=PASSIVE\0" in environment
             await compute.__aexit__()
             with pytest.raises(CallLost):
                 await waiting
