@@ -19,7 +19,7 @@ from jobs import __version__
 from jobs.cli import main
 from jobs.settings import Settings
 from jobs.tokens import issue_token
-from tests.live import serve
+from tests.live import answer, proxied, serve
 from web.app import create_app
 
 Run = Callable[..., Result]
@@ -288,14 +288,15 @@ def test_what_was_submitted_before_a_refusal_is_named(
     sample: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    conn.execute("select public.limit_owner(%s, max_queued => 1)", (user,))
     monkeypatch.setenv("PGSCRIBE_TOKEN", issue_token(configured, user, lifetime=60))
-    with serve(create_app(configured)) as url:
-        monkeypatch.setenv("PGSCRIBE_URL", url)
+    with serve(create_app(configured)) as url, proxied(url) as proxy:
+        proxy.faults = [("POST", None), ("POST", None), ("POST", answer(401, b"{}"))]
+        monkeypatch.setenv("PGSCRIBE_URL", proxy.url)
         result = pgscribe("transcribe", str(sample), str(sample))
     ((job,),) = conn.execute("select id from processing_jobs").fetchall()
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"What was submitted goes on: {job}\nError: max_queued")
+    assert result.stderr.startswith(f"What was submitted goes on: {job}\nError: ")
+    assert "`pgscribe token` makes a new one" in result.stderr
 
 
 def test_transcribe_without_a_server_says_how_to_start_one(
