@@ -8,12 +8,14 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.figures import Measurement, Plot
 
 INK = "#737d88"  # As far from white as from GitHub's black.
-COLOURS = ("#e5484d", "#3e8fd9", "#12a594", "#d98f00", "#9a6dd7", "#8b8d98", "#d6609e", "#5b8c2a")
+OURS = "pgscribe"
+OUR_COLOUR = "#e5484d"
+COLOURS = ("#3e8fd9", "#12a594", "#d98f00", "#9a6dd7", "#8b8d98", "#d6609e", "#5b8c2a", "#2f4b7c")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pgscribe",
@@ -30,13 +32,14 @@ STYLE: dict[Any, Any] = {
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 WIDTH, HEIGHT = 8.2, 3.2  # inches
-AXES = (0.095, 0.16, 0.66, 0.75)  # left, bottom, width, height, of the whole
+AXES = (0.11, 0.16, 0.645, 0.75)  # left, bottom, width, height, of the whole
 PLACE = 74  # characters of all labels below the axis
+LEGEND = 21  # characters of a line beside it
 GROUP = 0.84  # of the place of a group of bars
 
 
 def draw(plot: Plot, measurements: Sequence[Measurement], systems: Sequence[str]) -> str:
-    """Return a plot as SVG; a system's colour is by its place in ``systems``."""
+    """Return a plot as SVG; a system's colour is by its place in ``systems``, ours is our own."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_axes(AXES)
@@ -47,6 +50,7 @@ def draw(plot: Plot, measurements: Sequence[Measurement], systems: Sequence[str]
         if plot.logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         better = {measurement.better for measurement in measurements}
@@ -80,13 +84,13 @@ def bars(axes: Axes, measurements: Sequence[Measurement], systems: Sequence[str]
             [group + (place + 0.5) * width - GROUP / 2 for group, _ in there],
             medians,
             width * 0.92,
-            label=system,
-            color=COLOURS[systems.index(system) % len(COLOURS)],
+            label=beside(system),
+            color=colour(system, systems),
             yerr=spread([m.values[system] for _, m in there], medians),
             error_kw={"ecolor": INK, "elinewidth": 0.9},
         )
     room = PLACE // len(measurements)
-    labels = [textwrap.fill(measurement.what, room) for measurement in measurements]
+    labels = [textwrap.fill(label, room) for label in short([m.what for m in measurements])]
     axes.set_xticks(range(len(measurements)), labels)
     axes.tick_params(axis="x", length=0)
 
@@ -100,7 +104,7 @@ def curves(axes: Axes, measurements: Sequence[Measurement]) -> None:
             [as_number(system) for system in ordered],
             medians,
             yerr=spread([measurement.values[system] for system in ordered], medians),
-            label=measurement.what,
+            label=beside(measurement.what),
             color=COLOURS[place % len(COLOURS)],
             marker="o",
             markersize=4,
@@ -110,6 +114,32 @@ def curves(axes: Axes, measurements: Sequence[Measurement]) -> None:
     ticks = sorted({system for m in measurements for system in m.values}, key=as_number)
     axes.set_xticks([as_number(system) for system in ticks], ticks)
     axes.minorticks_off()
+
+
+def colour(system: str, systems: Sequence[str]) -> str:
+    """Return the colour of a system's bars."""
+    others = [name for name in systems if name != OURS]
+    return OUR_COLOUR if system == OURS else COLOURS[others.index(system) % len(COLOURS)]
+
+
+def beside(label: str) -> str:
+    """Return a label as the legend has room for it."""
+    return textwrap.fill(plain(label), LEGEND)
+
+
+def plain(label: str) -> str:
+    """Return text without the Markdown of the tables."""
+    return label.replace("`", "")
+
+
+def short(labels: Sequence[str]) -> list[str]:
+    """Return labels without what all of them begin or end with, as far as commas divide them."""
+    parts = [plain(label).split(", ") for label in labels]
+    for end in (0, -1) if len(labels) > 1 else ():
+        if len({tuple(part[end:][:1]) for part in parts}) == 1 and all(len(p) > 1 for p in parts):
+            for part in parts:
+                del part[end]
+    return [", ".join(part) for part in parts]
 
 
 def spread(rounds: Sequence[Sequence[float]], medians: Sequence[float]) -> list[list[float]]:

@@ -13,7 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import claims, report
 from benchmarks.figures import Measurement, Plot, Section
 from benchmarks.machine import REPO, Machine, without_paths
-from benchmarks.plots import draw
+from benchmarks.plots import draw, short
 from benchmarks.report import REPORTS, Report, printed, printed_ratio, render
 
 COMMITTED = REPO / "benchmarks"
@@ -115,6 +115,19 @@ def test_plots_are_small_have_text_and_nothing_of_the_moment() -> None:
     assert {"old", "new", "Drain", "Pickup", "jobs/s, logarithmic"} <= set(texts)
     assert len(svg) < 30_000
     assert "dc:date" not in svg
+
+
+def test_labels_are_without_what_all_of_them_share() -> None:
+    assert short(["Drain, 1 at a time", "Drain, 10 at a time"]) == ["1 at a time", "10 at a time"]
+    assert short(["1 connection, a row", "2 connections, a row"]) == [
+        "1 connection",
+        "2 connections",
+    ]
+    assert short(["Drain, 1 at a time"]) == ["Drain, 1 at a time"]
+    assert short(["`GET /jobs`, 20 jobs", "`POST /process`"]) == [
+        "GET /jobs, 20 jobs",
+        "POST /process",
+    ]
 
 
 def test_a_missing_section_is_seen() -> None:
