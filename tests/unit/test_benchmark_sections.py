@@ -30,3 +30,13 @@ def test_memory_is_that_of_all_processes_below() -> None:
 
         assert resident_of_tree(os.getpid()) > before + 60
         child.communicate(b"\n")
+
+
+def test_without_its_packages_it_says_how_to_install_them() -> None:
+    absent = "import sys; sys.modules['simpy'] = None; import benchmarks.simulate"
+    done = subprocess.run(
+        [sys.executable, "-c", absent], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 1
+    assert "ImportError: The benchmarks need simpy; run: pip install -e '.[bench]'" in done.stderr
