@@ -1,13 +1,14 @@
 """Real Postgres for every test that asks for it: one migrated template, cloned per test."""
 
 import fcntl
+import functools
 import os
 import shutil
 import signal
 import tempfile
 import time
 import wave
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count, cycle
 from pathlib import Path
@@ -22,6 +23,8 @@ from psycopg import sql
 
 from db import migrate
 from db.embedded import SUPERUSER, EmbeddedPostgres
+from jobs.database import connect
+from jobs.queue import Queue
 from jobs.settings import Settings
 
 REPO = Path(__file__).parent.parent
@@ -247,3 +250,11 @@ def settings(database: str, tmp_path: Path, models_dir: Path) -> Settings:
         models_dir=models_dir,
         scratch_dir=tmp_path / "scratch",
     )
+
+
+@pytest.fixture
+async def queue(settings: Settings) -> AsyncIterator[Queue]:
+    connected = functools.partial(connect, settings, name="test")
+    queue = Queue(connected, max_attempts=3, stall_timeout=30)
+    yield queue
+    await queue.close()

@@ -1,7 +1,7 @@
 """Which jobs a claim takes where not all of those that are due can be taken."""
 
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Literal
 from uuid import UUID
@@ -23,14 +23,6 @@ LOCKS: dict[Which, bytes] = {
     "queue job": b"select from procrastinate.procrastinate_jobs q join processing_jobs p"
     b" on q.id = p.job_id::bigint where p.id = any (%s) for update of q",
 }
-
-
-@pytest.fixture
-async def queue(settings: Settings) -> AsyncIterator[Queue]:
-    connect = functools.partial(database.connect, settings, name="test")
-    queue = Queue(connect, max_attempts=3, stall_timeout=30)
-    yield queue
-    await queue.close()
 
 
 @pytest.fixture

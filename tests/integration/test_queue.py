@@ -1,7 +1,6 @@
 """The queue's functions in the database, by the worker's client: claims, ends, beats, sweeps."""
 
 import functools
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
 
@@ -21,14 +20,6 @@ PRUNE = (
     "insert into procrastinate.procrastinate_jobs (queue_name, task_name)"
     " values ('maintenance', 'prune')"
 )
-
-
-@pytest.fixture
-async def queue(settings: Settings) -> AsyncIterator[Queue]:
-    connect = functools.partial(database.connect, settings, name="test")
-    queue = Queue(connect, max_attempts=3, stall_timeout=30)
-    yield queue
-    await queue.close()
 
 
 @pytest.fixture

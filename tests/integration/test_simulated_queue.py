@@ -1,17 +1,14 @@
 """The simulation's fair share is the product's: the same arrivals start in the same order."""
 
-import functools
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from uuid import UUID
 
 import psycopg
 import pytest
 
 from benchmarks.fair_queue import FairShare, Job
-from jobs import database
 from jobs.queue import ClaimedJob, Queue
-from jobs.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -31,14 +28,6 @@ def insert(conn: psycopg.Connection, user: UUID, jobs: list[Job]) -> list[UUID]:
         ).fetchone()[0]  # type: ignore[index]
         for job in jobs
     ]
-
-
-@pytest.fixture
-async def queue(settings: Settings) -> AsyncIterator[Queue]:
-    connect = functools.partial(database.connect, settings, name="test")
-    queue = Queue(connect, max_attempts=3, stall_timeout=30)
-    yield queue
-    await queue.close()
 
 
 @pytest.mark.parametrize("seed", range(2))
