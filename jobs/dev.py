@@ -40,6 +40,14 @@ class StartFailed(PgscribeError):
     code = "start_failed"
 
 
+def listen(wanted: int) -> socket.socket:
+    """Return a socket that listens on loopback, on another port if ``wanted`` is taken."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+    raise StartFailed("No free port on loopback")
+
+
 def free_port(wanted: int = 0) -> int:
     """Return ``wanted`` if nothing listens there on loopback, else any free port."""
     for port in (wanted, 0):
@@ -60,9 +68,12 @@ class Embedded:
 
     def __init__(self, home: Path, *, port: int = 0, quiet: bool = False) -> None:
         self._home = home
-        self._port = free_port(port)
         self._quiet = quiet
         self._stack = ExitStack()
+        # Listens from here on: a port that is only looked up is somebody else's by the time that
+        # the web server is up.
+        self._listener = listen(port)
+        self._port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         self.postgres = EmbeddedPostgres(home / "postgres")
         self.children: dict[str, subprocess.Popen[bytes]] = {}
@@ -112,15 +123,14 @@ class Embedded:
         return path.read_text(encoding="ascii")
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with self._listener, ExitStack() as stack:
             self._home.mkdir(parents=True, exist_ok=True)
             self._start_postgres(stack)
             migrate.migrate(self.postgres.url())
             with psycopg.connect(self.postgres.url()) as conn:
                 conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
                 operate.add(conn, str(USER_ID))
-            web = {"PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": self.sign_in_password}
-            stack.enter_context(self._child("web", "--port", str(self._port), environment=web))
+            self._start_web(stack)
             stack.enter_context(self._child("worker", environment=self._worker_environment))
             self._wait_for_web()
             stack.enter_context(self._environment_file())
@@ -141,6 +151,15 @@ class Embedded:
             stack.enter_context(self.postgres)
         except EmbeddedPostgresError as exc:
             raise StartFailed(str(exc)) from exc
+
+    def _start_web(self, stack: ExitStack) -> None:
+        environment = {"PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": self.sign_in_password}
+        number = self._listener.fileno()
+        arguments = "--port", str(self._port), "--listener", str(number)
+        stack.enter_context(
+            self._child("web", *arguments, environment=environment, passed=(number,))
+        )
+        self._listener.close()  # else nobody would refuse connections once the child has ended
 
     def _environment(self) -> dict[str, str]:
         settings = self.settings
@@ -169,6 +188,7 @@ class Embedded:
         name: str,
         *arguments: str,
         environment: Mapping[str, str | None] = MappingProxyType({}),
+        passed: Sequence[int] = (),
     ) -> Iterator[None]:
         own = {key: value for key, value in environment.items() if value is not None}
         with ExitStack() as stack:
@@ -181,6 +201,7 @@ class Embedded:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
+                pass_fds=passed,
                 start_new_session=True,  # Ctrl-C is for this process, which stops them in order
             )
             self.children[name] = child

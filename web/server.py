@@ -46,9 +46,17 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(app: Starlette, *, host: str, port: int, trusted_proxies: Sequence[str] = ()) -> None:
+def run(
+    app: Starlette,
+    *,
+    host: str,
+    port: int,
+    listener: int | None = None,
+    trusted_proxies: Sequence[str] = (),
+) -> None:
     """Serve until SIGTERM or SIGINT. Exits with status 3 where it can't start.
 
+    ``listener``: file descriptor of a socket to serve instead of ``host`` and ``port``.
     ``trusted_proxies``: addresses whose word counts on where a request came from.
     """
     _allow_many_connections()
@@ -67,7 +75,7 @@ def run(app: Starlette, *, host: str, port: int, trusted_proxies: Sequence[str] 
     # there and then: spans are exported at its exit.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(None if listener is None else [socket.socket(fileno=listener)])
     if not server.started:
         sys.exit(3)
 

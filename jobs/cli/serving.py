@@ -141,9 +141,10 @@ def _sign_in(email: str, password: str | None) -> str:
 @click.command(short_help="Serve the REST API and the web app.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=PORT)
+@click.option("--listener", type=int, hidden=True, help="Inherited socket to serve, no other.")
 @stop_with_stdin
 @friendly
-def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
+def web(*, host: str, port: int, listener: int | None, stop_with_stdin: bool) -> None:
     """Serve the REST API and the web app, until SIGTERM or Ctrl-C.
 
     \b
@@ -167,7 +168,13 @@ def web(*, host: str, port: int, stop_with_stdin: bool) -> None:
     _look_over(settings)
     refuse_other_hosts(settings, host)
     asyncio.run(refuse_other_databases(settings))
-    server.run(create_app(settings), host=host, port=port, trusted_proxies=settings.trusted_proxies)
+    server.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        listener=listener,
+        trusted_proxies=settings.trusted_proxies,
+    )
 
 
 @click.command()

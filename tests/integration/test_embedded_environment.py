@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from dotenv import dotenv_values
 
 from db.embedded import EmbeddedPostgres
-from jobs.dev import USER_ID
+from jobs.dev import USER_ID, listen
 from tests.receiver import receiving
 from tests.streams import until
 
@@ -76,11 +77,22 @@ def dev(folder: Path, printed: dict[str, str]) -> Iterator[subprocess.Popen[str]
             break
         name, _, value = line.strip().partition("   ")
         printed[name] = value.strip()
+    else:
+        pytest.fail(f"pgscribe dev ended with status {process.wait()}; its standard error says why")
     yield process
     if process.poll() is None:
         process.terminate()
     process.wait(60)
     process.stdout.close()
+
+
+def test_a_port_is_kept_from_the_moment_that_it_is_known() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as others, listen(0) as own:
+        port = own.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server(("127.0.0.1", port))
+        with listen(others.getsockname()[1]) as elsewhere:
+            assert elsewhere.getsockname()[1] not in {port, others.getsockname()[1]}
 
 
 def test_dev_serves_other_commands_in_its_folder_until_ctrl_c(
