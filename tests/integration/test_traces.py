@@ -3,10 +3,12 @@
 One journey, which takes seconds, and what its spans and logs have to say.
 """
 
+import asyncio
 import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +25,11 @@ import pytest
 
 from db.embedded import EmbeddedPostgres
 from examples.see_traces import Span, load, receiving, trees
+from jobs.database import make_pool
 from jobs.dev import free_port
+from jobs.models import Attempt
 from jobs.settings import Settings
+from jobs.tracing import JobTraces
 from tests import processes
 from tests.faults.fleet import until
 from tests.receiver import receiving as receiving_webhooks
@@ -305,6 +310,34 @@ def test_a_lost_attempt_belongs_to_the_run_that_it_was_made_in(
     trace = conn.execute("select pgscribe.job_trace(%s, 2)", row).fetchone()
     assert trace is not None
     assert (trace[0]["lost"] is not None) is is_of_this_run
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_was_slow_is_asked_for_again_since_its_times_may_be_wrong(
+    conn: psycopg.Connection, user: UUID, settings: Settings
+) -> None:
+    path = f"{user}/a.mp3"
+    row = conn.execute(
+        "insert into processing_jobs (user_id, file_path) values (%s, %s) returning id",
+        (user, path),
+    ).fetchone()
+    assert row is not None
+    attempt = Attempt(row[0], 1, user, path, {})
+
+    def waits() -> bool:
+        return bool(conn.execute("select 1 from pg_locks where not granted").fetchone())
+
+    async with make_pool(settings, name="test", for_queue=True) as pool:
+        with conn.transaction():
+            conn.execute("lock table processing_jobs")
+            reading = asyncio.create_task(JobTraces(pool, 3).read(attempt))
+            await asyncio.to_thread(until, waits, "it waits for the lock")
+            await asyncio.to_thread(conn.execute, "select pg_sleep(0.05)")
+            locked_until = time.time_ns()
+        read = await reading
+    assert read is not None
+    assert read.row is not None
+    assert read.before > locked_until
 
 
 def test_an_invalid_traceparent_starts_a_trace(journey: Journey) -> None:
