@@ -12,6 +12,7 @@ CHECKS = (
     Check("role", "Database role", database.check_role, _DATABASE),
     Check("encryption", "Encryption", database.check_encryption, _DATABASE),
     Check("capacity", "Connections", database.check_capacity, _DATABASE),
+    Check("transactions", "Transactions", database.check_transactions, _DATABASE),
     Check("pooler", "Notifications", database.check_pooler, _DATABASE),
     Check("clock", "Clock", database.check_clock, _DATABASE, 20.0),
     Check("migrations", "Migrations", structure.check_migrations, _DATABASE),

@@ -22,6 +22,8 @@ from jobs.sql import DOCTOR
 LIMIT = 10.0  # seconds for one connection and all that is asked on it
 OLDEST = 150000  # Postgres 15
 SHORTEST_STATEMENT = 10.0  # seconds; maintenance takes as long
+LONG_TRANSACTION = 900.0  # seconds
+MOST_WAL = 2**30  # bytes that a replication slot may keep while nobody reads from it
 LISTEN_TIMEOUT = 3.0  # seconds for a notification to arrive
 ROUNDS = 5  # questions for the time, of which the quickest counts
 SKEW_WARNS, SKEW_FAILS = 5.0, 60.0  # seconds
@@ -264,6 +266,36 @@ async def check_capacity(context: Context) -> Finding:
             f"{need} of {have} connections for {processes} processes; statement_timeout "
             f"{server['statement_timeout']}"
         ),
+    )
+
+
+async def check_transactions(context: Context) -> Finding:
+    """Look for what keeps Postgres from removing dead rows, of which a queue makes many, or WAL."""
+    async with connected(context) as conn:
+        transactions = await one(conn, DOCTOR["transactions"], longest=LONG_TRANSACTION)
+        slots = await (await conn.execute(DOCTOR["slots"], {"most": MOST_WAL})).fetchall()
+    problems = []
+    if transactions["long"]:
+        problems.append(
+            warn(
+                f"a transaction is open for {transactions['oldest'] / 60:.0f} minutes: "
+                f"{', '.join(transactions['long'])}",
+                "While it is, dead rows stay and claims get slower. Let whoever opened it end it, "
+                "or: select pg_terminate_backend(process); then see "
+                "idle_in_transaction_session_timeout.",
+            )
+        )
+    problems += [
+        warn(
+            f"nobody reads from replication slot {slot['name']}, which keeps {slot['size']} of WAL",
+            "It grows until the disk is full. If nobody comes back for it: "
+            f"select pg_drop_replication_slot('{slot['name']}').",
+        )
+        for slot in slots
+    ]
+    oldest = transactions["oldest"]
+    return together(
+        problems, ok("none is open" if oldest is None else f"the oldest is {oldest:.0f} s old")
     )
 
 

@@ -11,6 +11,24 @@ select current_setting('server_version') as version, current_setting('server_ver
        pg_is_in_recovery() as standby
   from pg_roles r where r.rolname = current_user
 
+-- transactions --
+select array(
+  select format('process %%s (%%s, %%s)', a.pid, coalesce(nullif(a.application_name, ''), a.usename), a.state)
+    from pg_stat_activity a
+   where a.backend_type = 'client backend' and a.datname = current_database() and a.pid <> pg_backend_pid()
+     and a.xact_start < now() - make_interval(secs => %(longest)s)
+   order by a.xact_start limit 5) as long,
+       (select extract(epoch from now() - min(a.xact_start))::float8 from pg_stat_activity a
+         where a.backend_type = 'client backend' and a.datname = current_database() and a.pid <> pg_backend_pid()) as oldest
+
+-- slots --
+select s.slot_name as name, pg_size_pretty(kept.bytes) as size
+  from pg_replication_slots s,
+       lateral (select pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
+                                       s.restart_lsn) as bytes) kept
+ where not s.active and kept.bytes > %(most)s
+ order by kept.bytes desc
+
 -- missing_roles --
 select array(select n from unnest(array['anon', 'authenticated', 'service_role']) n
               where not exists (select from pg_roles where rolname = n)) as missing

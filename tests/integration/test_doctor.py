@@ -334,6 +334,29 @@ def test_limits_of_the_server_are_compared_with_what_we_take(
     assert "alter role postgres set statement_timeout" in mend
 
 
+def test_what_keeps_dead_rows_and_wal_is_named(
+    doctor: Doctor, conn: psycopg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = f"forgotten_{conn.info.backend_pid}"
+    only = "--only", "transactions"
+    with psycopg.connect(database, application_name="a report") as reader:
+        reader.execute("select 1")
+        conn.execute("select pg_create_physical_replication_slot(%s, true)", (slot,))
+        try:
+            assert doctor(*only)["transactions"]["status"] == "ok"
+            monkeypatch.setattr(doctor_database, "LONG_TRANSACTION", 0.0)
+            monkeypatch.setattr(doctor_database, "MOST_WAL", -1)
+            found = doctor(*only)
+        finally:
+            conn.execute("select pg_drop_replication_slot(%s)", (slot,))
+        here = f"process {reader.info.backend_pid} (a report, idle in transaction)"
+        mend = problem(found, "transactions", here, "warn")
+        assert f"nobody reads from replication slot {slot}" in found["transactions"]["seen"]
+        assert "pg_terminate_backend(process)" in mend
+        assert f"pg_drop_replication_slot('{slot}')" in mend
+    assert doctor(*only)["transactions"]["seen"] == "none is open"
+
+
 def test_a_ledger_that_is_behind_ahead_or_otherwise_is_named(
     doctor: Doctor, conn: psycopg.Connection, postgres: EmbeddedPostgres,
     database_names: Iterator[str],
