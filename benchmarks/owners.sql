@@ -21,6 +21,7 @@ update public.processing_jobs set error_code = 'engine_crashed', error = %(word)
 -- attempt --
 insert into public.processing_job_attempts (job_id, attempt, started_at, outcome, error_code, error)
 values (%(id)s, 1, now(), 'failed', 'engine_crashed', %(word)s)
+on conflict (job_id, attempt) do update set error = excluded.error
 
 -- chunk --
 insert into public.processing_job_chunks (job_id, index, start_seconds, end_seconds, call_id, result)
@@ -45,3 +46,6 @@ select id::text from public.webhook_deliveries where user_id = %(owner)s
 -- more_jobs --
 insert into public.processing_jobs (user_id, file_path)
 select id, id || '/more.mp3' from unnest(%(owners)s::uuid[]) id, generate_series(1, %(each)s::integer)
+
+-- operator --
+insert into pgscribe.operators (user_id) values (%(owner)s)
