@@ -20,6 +20,7 @@ SECTIONS = {
     "engines": "benchmarks.engines",
     "fairness": "benchmarks.fairness",
     "faults": "benchmarks.faults",
+    "promises": "benchmarks.promises",
     "growth": "benchmarks.growth",
     "api": "benchmarks.api",
     "listeners": "benchmarks.listeners",

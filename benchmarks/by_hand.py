@@ -31,6 +31,35 @@ says, or that have none."""
 
 
 @dataclass
+class Agreement:
+    """How many rows of all databases were looked at, and how many say something else."""
+
+    rows: int = 0
+    differing: int = 0
+
+    def look(self, conn: Connection) -> None:
+        """Look at all jobs of a database."""
+        ((rows, differing),) = conn.execute(QUERIES["agreement"]).fetchall()
+        self.rows += rows
+        self.differing += differing
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Yield the lines."""
+        for name, what, figure in (
+            ("rows", "Rows compared with the queue, in all databases of this section", self.rows),
+            ("differing", "Rows whose status is not what the queue says", self.differing),
+        ):
+            yield Measurement(
+                f"promises-truth-{name}",
+                what,
+                "rows",
+                "higher" if name == "rows" else "lower",
+                {"pgscribe": [figure]},
+                headline=name == "differing",
+            )
+
+
+@dataclass
 class Attempts:
     """What was tried and accepted, by kind and role."""
 

@@ -49,3 +49,8 @@ update public.processing_jobs
 -- move_queue --
 update procrastinate.procrastinate_jobs set status = 'doing'
  where id = (select job_id::bigint from public.processing_jobs where id = %(id)s)
+
+-- agreement --
+-- As tests/faults/invariants.py has it.
+select count(*), count(*) filter (where q.id is null or p.status <> pgscribe.job_status(q.status))
+  from public.processing_jobs p left join procrastinate.procrastinate_jobs q on q.id = p.job_id::bigint

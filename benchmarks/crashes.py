@@ -19,6 +19,7 @@ from typing import Any
 
 import psycopg
 
+from benchmarks.by_hand import Agreement
 from benchmarks.engines import MODEL, MODELS
 from benchmarks.figures import Measurement
 from benchmarks.postgres import OWNERS, Postgres
@@ -122,9 +123,10 @@ def crash(process: "subprocess.Popen[bytes]", jobs: Jobs, sizes: Sizes) -> int:
     return crashes
 
 
-def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measurement]:
+def measure(
+    postgres: Postgres, folder: Path, agreement: Agreement, sizes: Sizes
+) -> Iterator[Measurement]:
     """Yield the lines."""
-    sizes = QUICK if quick else Sizes()
     if packaged_weights.ensure("faster-whisper", MODEL, MODELS) is None:
         raise RuntimeError(f"No weights of {MODEL} in {MODELS}, nor in packages: make demo")
     audio = folder / "storage" / str(OWNERS[0])
@@ -132,7 +134,8 @@ def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measur
     shutil.copy(REPO / "examples" / "sample.mp3", audio)
     with ExitStack() as stack:
         name = stack.enter_context(postgres.fresh())
-        jobs = Jobs(stack.enter_context(postgres.connect(name)))
+        conn = stack.enter_context(postgres.connect(name))
+        jobs = Jobs(conn)
         process = stack.enter_context(worker(postgres.url(name), folder))
         jobs.insert(sizes.jobs)
         crashes = crash(process, jobs, sizes)
@@ -140,6 +143,7 @@ def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measur
         while jobs.count("unfinished") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(LOOK)
         ended = int(process.poll() is not None)
+        agreement.look(conn)
         yield from _lines(sizes, crashes, ended, jobs)
 
 

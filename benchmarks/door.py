@@ -10,19 +10,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from benchmarks.door_client import ROLES, UNDONE
+from benchmarks.by_hand import Agreement
+from benchmarks.door_client import ROLES
 from benchmarks.figures import Measurement
 from benchmarks.postgres import OWNERS, Postgres
 from benchmarks.web_process import WebProcess, token, web_process
 from db import named_queries
 
 QUERIES = named_queries.load(Path(__file__).with_suffix(".sql"))
-NORMAL, QUICK = (12.0, 3), (3.0, 1)  # seconds, and how often the web server is killed
 WAYS = {
     "one": "POST /process",
     "batch": "POST /process/batch",
@@ -34,14 +35,25 @@ SEED = 1
 LONGEST = 0.4  # seconds between two kills
 PATIENCE, LOOK = 60.0, 0.02  # seconds
 
-METHOD = f"""\
+METHOD = """\
 **One door.** A client process for each of five ways inserts as fast as it can: `POST /process` and
 `POST /process/batch` to `pgscribe web`, and SQL as `postgres`, as `service_role` and as
 `authenticated` under row level security, in transactions of one to three statements of 1 to 20
-rows. {UNDONE:.0%} of the transactions are rolled back, or refused for one of their rows. For
-{NORMAL[0]:g} s one client after the other gets `kill -9` at a random moment, and another takes its
-place; so does the web server, {NORMAL[1]} times. Then rows and queue jobs are compared. *Answered
+rows. {undone:.0%} of the transactions are rolled back, or refused for one of their rows. For
+{seconds:g} s one client after the other gets `kill -9` at a random moment, and another takes its
+place; so does the web server, {web_kills} times. Then rows and queue jobs are compared. *Answered
 and gone*: rows whose commit a client had been told of."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """For how long to insert, and how often the web server is killed meanwhile."""
+
+    seconds: float = 12.0
+    web_kills: int = 3
+
+
+QUICK = Sizes(3.0, 1)
 
 
 class Door:
@@ -118,15 +130,16 @@ class Door:
             self.start_missing()
 
 
-def provoke(door: Door, seconds: float, web_kills: int) -> list[list[str]]:
+def provoke(door: Door, sizes: Sizes) -> list[list[str]]:
     """Insert and kill for a while, not counting what it takes until all ways are open."""
     chance = random.Random(SEED)  # noqa: S311 - no secret
-    for part in range(web_kills + 1):
+    parts = sizes.web_kills + 1
+    for part in range(parts):
         if part:
             door.kill_web()
         door.start_missing()
         door.wait_for_all()
-        end = time.monotonic() + seconds / (web_kills + 1)
+        end = time.monotonic() + sizes.seconds / parts
         while time.monotonic() < end:
             door.start_missing()
             time.sleep(chance.uniform(0, LONGEST))
@@ -134,13 +147,16 @@ def provoke(door: Door, seconds: float, web_kills: int) -> list[list[str]]:
     return door.close()
 
 
-def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measurement]:
+def measure(
+    postgres: Postgres, folder: Path, agreement: Agreement, sizes: Sizes
+) -> Iterator[Measurement]:
     """Yield the lines."""
     with ExitStack() as stack:
         name = stack.enter_context(postgres.fresh())
         conn = stack.enter_context(postgres.connect(name))
         door = Door(stack, postgres.url(name), folder)
-        told = provoke(door, *(QUICK if quick else NORMAL))
+        told = provoke(door, sizes)
+        agreement.look(conn)
         yield from _lines(conn, door.kills, told)
 
 

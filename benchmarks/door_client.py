@@ -108,7 +108,10 @@ class Rest(Client):
         return "/process", json.dumps(jobs[-1])
 
 
-WAYS: dict[str, Callable[..., Sql | Rest]] = dict.fromkeys(ROLES, Sql) | {"one": Rest, "batch": Rest}
+WAYS: dict[str, Callable[..., Sql | Rest]] = dict.fromkeys(ROLES, Sql) | {
+    "one": Rest,
+    "batch": Rest,
+}
 
 
 def main(way: str, url: str, user: str, number: str) -> None:

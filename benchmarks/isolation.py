@@ -7,18 +7,16 @@ import http.client
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import psycopg
 
 from benchmarks.figures import Measurement
-from benchmarks.owners import Connection, Owner, acting_as, make_operator
 from benchmarks.owners import QUERIES as ROWS
+from benchmarks.owners import Connection, Owner, acting_as, make_operator
 from benchmarks.postgres import OWNERS
 from benchmarks.web_process import WebProcess, token
 from db import named_queries
@@ -28,8 +26,6 @@ from web.endpoints import Endpoint
 
 QUERIES = named_queries.load(Path(__file__).with_suffix(".sql"))
 WITH, WITHOUT = "row level security", "postgres, without"
-MORE_JOBS = 400  # of each owner, for the cost
-ASKS, ASKS_QUICK = 600, 60
 SNAPSHOT = 5.0  # seconds for a stream of events to begin
 # What to ask for where a value is needed that is nobody's.
 VALUES = {
@@ -52,11 +48,23 @@ owner's. As each of them, and as `anon`, everything that the catalogue names is 
 and views of the schemas `public`, `pgscribe` and `procrastinate`, and all functions of `public` or
 that users may call, with the others' ids and words; and as each owner every `GET` of the REST API,
 with the others' ids, search and events included. What comes back and has another owner's mark in
-it, other than one that was part of the question, is counted. So that these are no empty tables: the
-same was asked by whoever may (the owners, an operator, for tables `postgres`); *that have something to
-hide* are those that showed them something. The cost: the transaction of `GET /jobs/{{id}}`, as the
-API runs it as the owner, and its select alone as `postgres`, in turn, medians of {asks}, with {jobs:,}
-jobs in the table."""
+it, other than one that was part of the question, is counted. So that these are no empty tables, the
+same was asked by whoever may (the owners, an operator, for tables `postgres`); *that have something
+to hide* are those that showed them something. The cost: the transaction of `GET /jobs/{{id}}`, as
+the API runs it as the owner, and its select alone as `postgres`, in turn, medians of {asks}, with
+{more_jobs:,} more jobs of each of {all_owners} owners."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many owners look at each other, and what the cost is measured with."""
+
+    owners: int = 4
+    more_jobs: int = 400  # of each owner that there is
+    asks: int = 600
+
+
+QUICK = Sizes(2, 10, 60)
 
 
 @dataclass(frozen=True)
@@ -67,26 +75,9 @@ class Reader:
     user: Owner
 
 
-class Question(Protocol):
-    """Something to read. ``of`` is whose ids it has in it, if any are."""
-
-    kind: str
-
-    def ask(self, reader: Reader) -> Sequence[str]:
-        """Return what comes back, row by row."""
-
-    @property
-    def of(self) -> Owner | None:
-        """Return whose ids are asked for."""
-
-    @property
-    def said(self) -> frozenset[str]:
-        """Return the marks that are in the question."""
-
-
 @dataclass(frozen=True)
 class Sql:
-    """A statement."""
+    """A statement. ``of`` is whose ids it has in it, if any are."""
 
     conn: Connection
     kind: str
@@ -155,6 +146,9 @@ def _until_empty(stream: http.client.HTTPResponse) -> bytes:
         if b"data:" in read and not line.strip():
             break
     return read
+
+
+Question = Sql | Rest
 
 
 def of_relations(conn: Connection, role: str) -> Iterator[Sql]:
@@ -278,7 +272,7 @@ def cost(conn: Connection, owner: Owner, asks: int) -> dict[str, float]:
 
 
 def measure(
-    conn: Connection, web: WebProcess, owners: Sequence[Owner], rounds: int, *, quick: bool
+    conn: Connection, web: WebProcess, owners: Sequence[Owner], sizes: Sizes, rounds: int
 ) -> Iterator[Measurement]:
     """Yield the lines."""
     questions: list[Question] = [
@@ -300,9 +294,9 @@ def measure(
             {f"by {kind}": [figure] for kind, figure in figures.items()},
             headline=name == "seen",
         )
-    conn.execute(ROWS["more_jobs"], {"owners": OWNERS, "each": 10 if quick else MORE_JOBS})
+    conn.execute(ROWS["more_jobs"], {"owners": OWNERS, "each": sizes.more_jobs})
     conn.execute("analyze public.processing_jobs")
-    costs = [cost(conn, owners[0], ASKS_QUICK if quick else ASKS) for _ in range(rounds)]
+    costs = [cost(conn, owners[0], sizes.asks) for _ in range(rounds)]
     yield Measurement(
         "promises-rls-cost",
         "Reading a job, as `GET /jobs/{id}` does",

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import procrastinate
 import psycopg
 
+from benchmarks.by_hand import Agreement
 from benchmarks.figures import Measurement
 from benchmarks.postgres import OWNERS, Postgres
 from benchmarks.web_process import SECRET, web_process
@@ -26,6 +27,7 @@ from tests.local_modal.server import ServerProcess
 from tests.local_modal.settings import Settings as LocalModal
 
 OURS, PLAIN = "pgscribe", "procrastinate"
+BARE = "bare"  # the template of a database without pgscribe
 QUERIES = named_queries.load(Path(__file__).with_suffix(".sql"))
 SEED = 1
 STALL_TIMEOUT = 5  # seconds: the shortest setting
@@ -173,7 +175,7 @@ class Plain(_Database):
     ) -> None:
         super().__init__(conn)
         self._environment = environment
-        self._jobs = [
+        self._jobs: list[dict[str, Any]] = [
             {"source": recording.as_uri(), "key": f"plain-{n}", "at_a_time": sizes.at_a_time}
             for n in range(sizes.jobs)
         ]
@@ -265,9 +267,10 @@ def run(systems: list[System], modal: ServerProcess, sizes: Sizes) -> dict[str, 
     }
 
 
-def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measurement]:
+def measure(
+    postgres: Postgres, folder: Path, agreement: Agreement, sizes: Sizes
+) -> Iterator[Measurement]:
     """Yield the lines."""
-    sizes = QUICK if quick else Sizes()
     path = f"{OWNERS[0]}/long.mp3"
     recording = folder / "storage" / path
     recording.parent.mkdir(parents=True)
@@ -276,7 +279,7 @@ def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measur
         modal = stack.enter_context(
             ServerProcess.started(LocalModal(apps=("benchmarks.paid_app:app",)))
         )
-        databases = [stack.enter_context(postgres.fresh(name)) for name in ("pgscribe", "bare")]
+        databases = [stack.enter_context(postgres.fresh(name)) for name in ("pgscribe", BARE)]
         ours, plain = (postgres.url(name) for name in databases)
         connections = [stack.enter_context(postgres.connect(name)) for name in databases]
         web = stack.enter_context(web_process(ours, folder))
@@ -304,6 +307,7 @@ def measure(postgres: Postgres, folder: Path, *, quick: bool) -> Iterator[Measur
             recording,
         )
         found = run([pgscribe, bare], modal, sizes)
+        agreement.look(connections[0])
         yield from _lines(found, pgscribe, sizes)
 
 

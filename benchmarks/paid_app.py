@@ -3,6 +3,7 @@
 A recording is text: how many chunks it has. Each chunk takes ``WORK`` seconds.
 """
 
+import itertools
 import time
 import urllib.request
 from pathlib import Path
@@ -24,7 +25,7 @@ def plan(source: str, key: str) -> dict[str, Any]:
     with urllib.request.urlopen(source) as recording:  # noqa: S310 - a link of the web process
         chunks = int(recording.read())
     ends = [number * LENGTH * SAMPLE_RATE for number in range(chunks + 1)]
-    spans = tuple(Span(*pair) for pair in zip(ends[:-1], ends[1:], strict=True))
+    spans = tuple(Span(*pair) for pair in itertools.pairwise(ends))
     made = Plan("'recording'", Path(f"/audio/{key}.pcm"), spans)
     return {"plan": made.to_dict(), "usage": {"cpu_seconds": 1.0, "gpu_seconds": 0.0}}
 
