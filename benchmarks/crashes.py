@@ -34,8 +34,8 @@ PATIENCE, LOOK = 180.0, 0.05  # seconds
 METHOD = """\
 **Real engines.** `pgscribe worker` with default settings (faster-whisper, `base`, int8) has {jobs}
 jobs, each the minute of `examples/sample.mp3`. {crashes} times, {least:g} to {most:g} s after one
-of its processes has a model in memory and a job runs, that process gets `kill -9`; it counts as a
-crash if that ended it. Failed attempts are those that the database has afterwards."""
+of its processes has loaded the engine and a chunk is being transcribed, that process gets
+`kill -9`. Failed attempts are those that the database has afterwards."""
 
 
 @dataclass(frozen=True)
@@ -162,5 +162,5 @@ def _lines(sizes: Sizes, crashes: int, ended: int, jobs: Jobs) -> Iterator[Measu
             unit,
             "higher" if name in {"crashes", "completed"} else "lower",
             {"pgscribe": [figure]},
-            headline=name in {"workers", "attempts"},
+            headline=name == "attempts",
         )

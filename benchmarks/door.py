@@ -157,12 +157,14 @@ def measure(
         door = Door(stack, postgres.url(name), folder)
         told = provoke(door, sizes)
         agreement.look(conn)
-        yield from _lines(conn, door.kills, told)
+        yield from compare(conn, door.kills, told)
 
 
-def _lines(
+def compare(
     conn: psycopg.Connection[Any], kills: int, told: list[list[str]]
 ) -> Iterator[Measurement]:
+    """Yield the lines. ``told``: the rows of each transaction, or ``undone``."""
+
     def line(name: str, what: str, unit: str, figures: Mapping[str, float]) -> Measurement:
         higher = name in {"rows", "undone", "kills"}
         return Measurement(
@@ -171,7 +173,7 @@ def _lines(
             unit,
             "higher" if higher else "lower",
             {system: [figure] for system, figure in figures.items()},
-            headline=name in {"without-job", "without-row"},
+            headline=name == "without-job",
         )
 
     def count(query: str, values: Mapping[str, object] | None = None) -> dict[str, int]:

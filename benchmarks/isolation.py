@@ -304,5 +304,4 @@ def measure(
         "lower",
         {name: [each[name] for each in costs] for name in (WITHOUT, WITH)},
         WITHOUT,
-        headline=True,
     )

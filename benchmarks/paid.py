@@ -33,6 +33,7 @@ SEED = 1
 STALL_TIMEOUT = 5  # seconds: the shortest setting
 PATIENCE = 120.0  # seconds after the last kill
 LOOK = 0.1  # seconds
+Work = tuple[object, int]  # a job, and a chunk of it; -1: its preparation
 # The functions of paid_app.py that each system calls: one for a job, one for a chunk.
 FUNCTIONS = {
     OURS: ("prepare_audio", "SpeechModel.transcribe"),
@@ -50,8 +51,9 @@ each {least:g} to {most:g} s after the last, and a new worker takes the place at
 Modal's own client, on the tests' local server that speaks its protocol, with containers that take
 {work:g} s for a chunk and have no model. A call counts as paid once a container has started it;
 one whose caller died runs on. *In the window*: calls that Modal took and whose id never got into
-Postgres, since the worker died in between (docs/decisions/0003-calls.md). The window's length: from
-the moment at which the server took a call to the commit of its id, of all calls."""
+Postgres, since the worker died in between (docs/decisions/0003-calls.md); what they were for was
+called again. The window's length: from the moment at which the server took a call to the commit of
+its id, of all calls that got there."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Pgscribe(_Database):
         """Return how many jobs have the text of all of their chunks."""
         return self._count("completed", text=self._text)
 
-    def noted(self) -> dict[str, tuple[tuple[Any, int], float]]:
+    def noted(self) -> dict[str, tuple[Work, float]]:
         """Return each call's job and chunk, and when its id was committed."""
         rows = self._conn.execute(QUERIES["noted"]).fetchall()
         return {call: ((job, index), at) for call, job, index, at in rows}
@@ -273,7 +275,7 @@ def measure(
     """Yield the lines."""
     path = f"{OWNERS[0]}/long.mp3"
     recording = folder / "storage" / path
-    recording.parent.mkdir(parents=True)
+    recording.parent.mkdir(parents=True, exist_ok=True)
     recording.write_text(str(sizes.chunks))
     with ExitStack() as stack:
         modal = stack.enter_context(
@@ -311,68 +313,64 @@ def measure(
         yield from _lines(found, pgscribe, sizes)
 
 
+def counts(paid: Paid, noted: Mapping[str, tuple[Work, float]]) -> dict[str, float]:
+    """Count calls. ``noted``: those whose id got into Postgres, what each was for, and when."""
+    known = paid.started & noted.keys()
+    lengths = [at - paid.accepted[call] for call, (_, at) in noted.items()]
+    return {
+        "window": len(paid.accepted.keys() - noted.keys()),
+        "outside": len(known) - len({noted[call][0] for call in known}),
+        "window-length": 1000 * statistics.median(lengths),
+    }
+
+
 def _lines(found: Mapping[str, Paid], ours: Pgscribe, sizes: Sizes) -> Iterator[Measurement]:
     needed = sizes.jobs * (sizes.chunks + 1)
 
-    def line(name: str, what: str, unit: str, **values: float) -> Measurement:
-        higher = name in {"jobs", "kills"}
+    def line(name: str, what: str, unit: str, figures: Mapping[str, float]) -> Measurement:
         return Measurement(
             f"promises-paid-{name}",
             what,
             unit,
-            "higher" if higher else "lower",
-            {system: [figure] for system, figure in values.items()},
-            PLAIN if name in {"again", "each"} else None,
-            headline=name in {"again", "each"},
+            "higher" if name in {"jobs", "kills"} else "lower",
+            {system: [figure] for system, figure in figures.items()},
+            OURS if name == "each" else None,
+            headline=name == "each",
         )
 
-    def of_both(name: str, what: str, unit: str, figures: Mapping[str, float]) -> Measurement:
-        return line(name, what, unit, **figures)
-
-    yield of_both(
-        "jobs",
-        f"Jobs of {sizes.chunks} chunks that completed, of {sizes.jobs}",
-        "jobs",
-        {name: paid.completed for name, paid in found.items()},
+    of_both: tuple[tuple[str, str, str, Callable[[Paid], float]], ...] = (
+        (
+            "jobs",
+            f"Jobs of {sizes.chunks} chunks that completed, of {sizes.jobs}",
+            "jobs",
+            lambda paid: paid.completed,
+        ),
+        ("kills", "Workers killed (kill -9) meanwhile", "kills", lambda paid: paid.kills),
+        (
+            "calls",
+            f"Calls that Modal accepted, where {needed} are needed",
+            "calls",
+            lambda paid: len(paid.accepted),
+        ),
+        (
+            "again",
+            "Calls that ran for what had been called before",
+            "calls",
+            lambda paid: len(paid.started) - needed,
+        ),
+        (
+            "each",
+            "Calls that ran, for each that was needed",
+            "calls",
+            lambda paid: len(paid.started) / needed,
+        ),
     )
-    yield of_both(
-        "kills",
-        "Workers killed (kill -9) meanwhile",
-        "kills",
-        {name: paid.kills for name, paid in found.items()},
-    )
-    yield of_both(
-        "calls",
-        f"Calls that Modal accepted, where {needed} are needed",
-        "calls",
-        {name: len(paid.accepted) for name, paid in found.items()},
-    )
-    yield of_both(
-        "again",
-        "Calls that ran for what had been called before",
-        "calls",
-        {name: len(paid.started) - needed for name, paid in found.items()},
-    )
-    yield of_both(
-        "each",
-        "Calls that ran, for each that was needed",
-        "calls",
-        {name: len(paid.started) / needed for name, paid in found.items()},
-    )
-    noted, mine = ours.noted(), found[OURS]
-    known = mine.started & noted.keys()
-    yield line(
-        "window",
-        "Calls whose worker died in the window",
-        "calls",
-        pgscribe=len(mine.accepted.keys() - noted.keys()),
-    )
-    yield line(
-        "outside",
-        "Calls paid twice, outside of the window",
-        "calls",
-        pgscribe=len(known) - len({noted[call][0] for call in known}),
-    )
-    taken = [at - mine.accepted[call] for call, (_, at) in noted.items()]
-    length = 1000 * statistics.median(taken)
-    yield line("window-length", "Length of the window, p50", "ms", pgscribe=length)
+    for name, what, unit, figure in of_both:
+        yield line(name, what, unit, {system: figure(paid) for system, paid in found.items()})
+    mine = counts(found[OURS], ours.noted())
+    for name, what, unit in (
+        ("window", "Calls in the window: their ids never got into Postgres", "calls"),
+        ("outside", "Calls paid twice, outside of the window", "calls"),
+        ("window-length", "Length of the window, p50", "ms"),
+    ):
+        yield line(name, what, unit, {OURS: mine[name]})
