@@ -50,7 +50,7 @@ class Sizes:
     """For how long to insert, and how often the web server is killed meanwhile."""
 
     seconds: float = 12.0
-    web_kills: int = 3
+    web_kills: int = 2
 
 
 QUICK = Sizes(3.0, 1)

@@ -16,8 +16,9 @@ from benchmarks.postgres import OWNERS, Postgres, postgres
 from benchmarks.web_process import web_process
 
 METHOD = """\
-What the README promises, and what was done against it, once. A count that is not 0 stays in its
-line. Each part has a database of its own.
+What the README promises, and what was done against it, once; only the cost of the policies has a
+figure of each round. A violation is counted, and does not end the run. Each part has a database of
+its own.
 
 """
 
