@@ -22,8 +22,7 @@ METHOD = """\
 **One truth.** On jobs in each of the five states, each role, `authenticated` as the owner, tries to
 write each other status: alone, with all that goes with it, right after the queue has changed it in
 the same transaction, and in an insert. *By a forged switch*: after `set pgscribe.mirroring = 'on'`,
-which is what the mirror's trigger sets while it writes, with `updated_at` as the mirror writes it;
-the switch is there against mistakes, not against the table's owner (docs/decisions/0002-queue.md).
+which is what the mirror's trigger sets while it writes, with `updated_at` as the mirror writes it.
 *Other columns*: each column of `processing_jobs`, and of the other tables about jobs and webhooks,
 that users may not update; workers connect as `postgres` and write these. An attempt counts as
 accepted if the value is another one afterwards; then it is rolled back. At last, over all databases

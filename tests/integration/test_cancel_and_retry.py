@@ -170,6 +170,20 @@ def test_the_mirrors_marker_opens_nothing_to_owners(conn: psycopg.Connection, us
                 conn.execute(f"update processing_jobs set {change}".encode())
 
 
+def test_the_mirrors_marker_opens_nothing_to_the_tables_owner(
+    conn: psycopg.Connection, user: UUID
+) -> None:
+    make_job(conn, user, "processing")
+    before = read(conn, "job_id, status")
+    forged = "updated_at = clock_timestamp() + interval '1 s', result = '{}', completed_at = now()"
+    with conn.transaction():
+        conn.execute("set local pgscribe.mirroring = 'on'")
+        for change in ("status = 'completed'", "job_id = '4711'"):
+            with pytest.raises(psycopg.errors.CheckViolation), conn.transaction():
+                conn.execute(f"update processing_jobs set {change}, {forged}".encode())
+    assert read(conn, "job_id, status") == before
+
+
 def test_owners_see_their_own_attempts_only(
     conn: psycopg.Connection, user: UUID, make_user: MakeUser
 ) -> None:

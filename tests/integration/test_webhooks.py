@@ -333,8 +333,11 @@ def test_the_status_follows_the_queue_job_and_is_written_by_nobody(
 ) -> None:
     endpoint(conn, user, "https://example.org")
     end(work, user)
-    with pytest.raises(psycopg.errors.CheckViolation, match="follows the queue job"):
-        conn.execute("update webhook_deliveries set status = 'delivered'")
+    for marker in ("''", "'on'"):  # which the mirror sets while it writes
+        conn.execute(f"set pgscribe.mirroring = {marker}".encode())
+        with pytest.raises(psycopg.errors.CheckViolation, match="follows the queue job"):
+            conn.execute("update webhook_deliveries set status = 'delivered'")
+    conn.execute("reset pgscribe.mirroring")
     queue = "update procrastinate.procrastinate_jobs set status = %s where queue_name = 'webhooks'"
     shown_as = [("doing", "sending"), ("todo", "queued"), ("doing", "sending")]
     shown_as += [("succeeded", "delivered"), ("todo", "queued"), ("failed", "failed")]
