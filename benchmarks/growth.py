@@ -35,16 +35,17 @@ ENOUGH = 2.0  # seconds for requests of one kind
 METHOD = """\
 Databases with {ended} jobs that ended within twenty days, of 500 owners, half of them one owner's;
 and with {waiting} jobs that wait, of 100 owners, beside {base:,} that ended. Each is filled once,
-analysed, and for each round copied (`create database … template`); the copies of a round are
-measured one after the other, in turning order, and each comes with nothing in Postgres' own cache.
-The newest 1,000 jobs that ended have a transcript, that of a minute; the others' are empty, so that
-a million fit. Ratios are to the smallest. At most {rounds} rounds.
+its days that are over are added up, as workers do with one a minute, it is analysed, and for each
+round copied (`create database … template`); the copies of a round are measured one after the other,
+in turning order, and each comes with nothing in Postgres' own cache. The newest 1,000 jobs that
+ended have a transcript, that of a minute; the others' are empty, so that a million fit. Ratios are
+to the smallest. At most {rounds} rounds.
 
 - By REST, one request after the other to a `pgscribe web` process, medians of {asks}, or of as
   many as fit into 2 s: a job with its transcript (at random of the owner's newest 500 that have
   one), the newest 20, the newest 20 that failed, the operator's overview of 24 hours, in which a
-  twentieth of the jobs ended; and the time from opening a stream of events until its snapshot has
-  begun.
+  twentieth of the jobs ended (and for its costs, those of today in UTC are added up); and the time
+  from opening a stream of events until its snapshot has begun.
 - By SQL, medians of {queries}: `queue_health`, `operator_metrics()`, which is what a scrape of
   `/metrics` reads, and what the views and functions for the dashboard show.
 - Starts: a worker with {concurrency} jobs at a time that do nothing, of {few:,} that wait already,
@@ -59,8 +60,8 @@ Of the databases with jobs that ended, also:
 - Upkeep: what a worker does every minute (calls, audio and usage that jobs may have left) and every
   ten (retention, which keeps everything for 30 days here) where there is nothing to do; medians of
   {queries}.
-- Streams of events, last: {listeners} of them, {per_owner} of each owner, as in the
-  [section on them](#listeners), none of the owner who has half of all jobs: opened in a second;
+- Streams of events, last in the first round: {listeners} of them, {per_owner} of each owner, as in
+  the [section on them](#listeners), none of the owner who has half of all jobs: opened in a second;
   medians of {events} changes of a job, seen by its owner's streams, and of {fan_outs} changes of a
   job of every owner, seen by all.
 - At rest, once for all rounds, in copies of their own, all side by side for {idle_seconds} s: what
@@ -273,7 +274,9 @@ def enqueue(conn: Connection, sizes: Sizes) -> Figures:
     }
 
 
-def measure_copy(server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: Sizes) -> Figures:
+def measure_copy(
+    server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: Sizes, *, streams: bool
+) -> Figures:
     """Copy a database, measure everything with it, and drop it."""
     server.create_database("copy", template=filled.name)
     url = server.url(database="copy")
@@ -287,7 +290,7 @@ def measure_copy(server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: 
                 found |= asyncio.run(measure_upkeep(url, folder, sizes.queries))
             found |= by_worker(conn, url, sizes, waiting=filled.waiting)
             found |= enqueue(conn, sizes)
-            if not filled.waiting:
+            if streams:
                 found |= asyncio.run(by_streams(conn, web.port, sizes))
     server.drop_database("copy")
     return found
@@ -313,7 +316,10 @@ def measurements(
             line.what,
             line.unit,
             "higher" if line.unit in RATES else "lower",
-            {column: [figures[name] for figures in rounds] for column, rounds in found.items()},
+            {
+                column: [figures[name] for figures in rounds if name in figures]
+                for column, rounds in found.items()
+            },
             next(iter(found)),
             line.note if kind == "ended" else "",
             headline=name in HEADLINES,
@@ -335,7 +341,8 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
         ended = {one.name: one.column for one in databases if not one.waiting}
         for number in range(min(rounds, ROUNDS)):
             for one in databases[:: -1 if number % 2 else 1]:
-                figures = measure_copy(server, one, folder, sizes)
+                streams = number == 0 and not one.waiting
+                figures = measure_copy(server, one, folder, sizes, streams=streams)
                 found[one.waiting][one.column].append(figures)
         at_rest = measure_at_rest(server, list(ended), folder, sizes.idle_seconds, sizes.kills)
     ordered = {
