@@ -64,12 +64,13 @@ Of the databases with jobs that ended, also:
   the [section on them](#listeners), none of the owner who has half of all jobs: opened in a second;
   medians of {events} changes of a job, seen by its owner's streams, and of {fan_outs} changes of a
   job of every owner, seen by all.
-- At rest, once for all rounds, in copies of their own, all side by side for {idle_seconds} s: what
-  an idle worker sends, and a `pgscribe web` with one open stream of the owner of half of all jobs;
-  and how long Postgres executes statements for them (`active_time` of pg_stat_database), by the
-  minute. That worker has no upkeep: see there.
-- Recovery, meanwhile: from `kill -9` of a worker to the start of its job in another one, as in the
-  [section on the queue](#queue), stalled after {stall} s; mean of {kills} workers in a database."""
+- Recovery, once for all rounds, all databases side by side: from `kill -9` of a worker to the start
+  of its job in another one, as in the [section on the queue](#queue), stalled after {stall} s; mean
+  of {kills} workers in a database.
+- At rest, after that, in copies of their own, all side by side for {idle_seconds} s: what an idle
+  worker sends, and a `pgscribe web` with one open stream of the owner of half of all jobs; and how
+  long Postgres executes statements for them (`active_time` of pg_stat_database), by the minute.
+  That worker has no upkeep: see there."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Sizes:
     kills: int = 3
 
 
-QUICK = Sizes((1_000, 10_000), (300, 3_000), 5, 2, 250, 300, 5, 30, 1, 10, 5, 2, 6, 1)
+QUICK = Sizes((1_000, 10_000), (300, 3_000), 5, 2, 250, 300, 5, 30, 1, 10, 5, 2, 11, 1)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from jobs.storage.choose import make_storage
 ASKED = named_queries.load(Path(__file__).with_name("growth.sql"))
 SYSTEM = of_python(OURS, "benchmarks.queue_worker", OURS)
 STALL = 5  # seconds
+SETTLED = 11.0  # seconds: until then Postgres tells of a session's start, at the latest
 KEPT = 30  # days: no job has ended so long ago
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -124,18 +125,18 @@ def measure_at_rest(
             for template in templates
             for name in ("worker", "web")
         ]
+        settled = time.monotonic() + SETTLED
         standbys = [stand_by(server, template, kills, stack) for template in templates]
         conn = stack.enter_context(psycopg.connect(server.url(), autocommit=True))
         wait_until_ready(standbys)
-        before = [each.so_far(conn) for each in resting]
-        begin = time.monotonic()
         for template, taken in zip(templates, take_overs(standbys), strict=True):
             found[template]["recovery"] = taken
-        time.sleep(max(0.0, begin + seconds - time.monotonic()))
-        passed = time.monotonic() - begin
+        time.sleep(max(0.0, settled - time.monotonic()))
+        before = [each.so_far(conn) for each in resting]
+        time.sleep(seconds)
         for each, (statements, milliseconds) in zip(resting, before, strict=True):
             after = each.so_far(conn)
             figures = found[each.template]
-            figures[f"idle-{each.name}"] = (after[0] - statements) / passed
-            figures[f"idle-{each.name}-time"] = (after[1] - milliseconds) * MINUTE / passed
+            figures[f"idle-{each.name}"] = (after[0] - statements) / seconds
+            figures[f"idle-{each.name}-time"] = (after[1] - milliseconds) * MINUTE / seconds
     return found

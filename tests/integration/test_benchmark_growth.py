@@ -1,20 +1,23 @@
 """What ``benchmarks.growth`` measures is what pgscribe does."""
 
 import asyncio
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from benchmarks.filling import fill
-from benchmarks.growth import AT_REST, Sizes, by_streams
-from benchmarks.growth_at_rest import STALL, copied, measure_at_rest, measure_upkeep
+from benchmarks.growth import Sizes, by_streams
+from benchmarks.growth_at_rest import STALL, copied, measure_upkeep, rest, stand_by
+from benchmarks.queue_rounds import take_overs, wait_until_ready
 from benchmarks.web_process import web_process
 from db.embedded import EmbeddedPostgres
 
 ENDED = 300
-LONGER_THAN_A_BEAT = 13.0  # seconds
+PATIENCE = 30.0  # seconds
 RETENTION = (
     "select (select count(*) from procrastinate.procrastinate_jobs), (select pruned_until"
     " between now() - interval '31 days' and now() - interval '30 days'"
@@ -67,11 +70,26 @@ def test_upkeep_and_streams_are_of_a_real_worker_and_web_server(
     assert changed == [(0.002,)] * 2  # each alone, and all at once
 
 
-def test_processes_at_rest_cost_the_database_something_and_stand_in_after_the_stall(
+def test_what_a_process_at_rest_says_and_takes_is_counted(
     postgres: EmbeddedPostgres, filled: str, tmp_path: Path
 ) -> None:
-    figures = measure_at_rest(postgres, [filled], tmp_path, seconds=LONGER_THAN_A_BEAT, kills=1)
-    found = figures[filled]
-    assert set(found) == set(AT_REST)
-    assert min(found.values()) > 0
-    assert found["recovery"] > STALL * 2 / 3  # the last beat was at most a third of it before
+    with ExitStack() as stack:
+        process = rest(postgres, filled, "web", tmp_path, stack)
+        conn = stack.enter_context(psycopg.connect(postgres.url(), autocommit=True))
+        deadline = time.monotonic() + PATIENCE
+        while not all(so_far := process.so_far(conn)):  # a session tells what it took by and by
+            assert time.monotonic() < deadline, so_far
+    assert so_far[0] >= 3  # it listens, begins to watch the owner, and looks
+
+
+def test_another_worker_takes_over_after_the_stall(postgres: EmbeddedPostgres, filled: str) -> None:
+    with ExitStack() as stack:
+        workers = stand_by(postgres, filled, 1, stack)
+        wait_until_ready([workers])
+        (seconds,) = take_overs([workers])
+        with psycopg.connect(postgres.url(database=f"killed_{filled}")) as conn:
+            attempts = conn.execute(
+                "select attempt from processing_jobs where completed_at is null"
+            ).fetchall()
+    assert attempts == [(2,)]
+    assert STALL * 2 / 3 < seconds < PATIENCE  # the last beat was at most a third of it before
