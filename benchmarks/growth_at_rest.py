@@ -120,13 +120,13 @@ def measure_at_rest(
     """Return the figures of each database."""
     found: dict[str, Figures] = {template: {} for template in templates}
     with ExitStack() as stack:
+        standbys = [stand_by(server, template, kills, stack) for template in templates]
         resting = [
             rest(server, template, name, folder, stack)
             for template in templates
             for name in ("worker", "web")
         ]
         settled = time.monotonic() + SETTLED
-        standbys = [stand_by(server, template, kills, stack) for template in templates]
         conn = stack.enter_context(psycopg.connect(server.url(), autocommit=True))
         wait_until_ready(standbys)
         for template, taken in zip(templates, take_overs(standbys), strict=True):
