@@ -46,6 +46,8 @@ def fill(server: EmbeddedPostgres, name: str, *, ended: int, waiting: int = 0) -
     with psycopg.connect(server.url(database=name), autocommit=True) as conn:
         conn.execute(QUERIES["allow"])
         conn.execute(QUERIES["operate"], values)
+        while conn.execute(QUERIES["close_day"]).fetchone() == (True,):
+            pass
         if waiting:
             conn.execute(QUERIES["waiting"], {"owner": OWNER, "jobs": waiting})
     with psycopg.connect(server.url(database=name, user=SUPERUSER), autocommit=True) as admin:

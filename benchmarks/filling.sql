@@ -37,6 +37,10 @@ insert into public.processing_jobs (user_id, file_path)
 select (select array_agg(id order by id) from (select id from auth.users order by id <> %(owner)s, id limit 100) u)[1 + n %% 100], 'a/b.mp3'
   from generate_series(1, %(jobs)s::int) n
 
+-- close_day --
+-- Workers do so once a minute, until all days that are over are added up.
+select pgscribe.close_day()
+
 -- tidy --
 vacuum analyze
 

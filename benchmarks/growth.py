@@ -17,31 +17,35 @@ import psycopg
 
 from benchmarks.figures import Measurement, Plot, Section
 from benchmarks.filling import OWNER, QUERIES, fill, with_transcripts
+from benchmarks.growth_at_rest import STALL, measure_at_rest, measure_upkeep
+from benchmarks.listeners import Streams, add_jobs, fan_out, see_events, with_tokens
 from benchmarks.queue_child import Work
 from benchmarks.queue_systems import OURS, Child, of_python, worker
-from benchmarks.web_process import read_answer, request, token, web_process
+from benchmarks.web_process import open_stream, read_answer, request, token, web_process
 from db import named_queries
 from db.embedded import EmbeddedPostgres
 
 ASKED = named_queries.load(Path(__file__).with_suffix(".sql"))
 ROUNDS = 3
 CONCURRENCY = 100
+PER_OWNER = 2  # streams
 WARM_UP, FEWEST = 2, 3  # requests
 ENOUGH = 2.0  # seconds for requests of one kind
 
 METHOD = """\
 Databases with {ended} jobs that ended within twenty days, of 500 owners, half of them one owner's;
 and with {waiting} jobs that wait, of 100 owners, beside {base:,} that ended. Each is filled once,
-analysed, and for each round copied (`create database … template`); the copies of a round are
-measured one after the other, in turning order, and each comes with nothing in Postgres' own cache.
-The newest 1,000 jobs that ended have a transcript, that of a minute; the others' are empty, so that
-a million fit. Ratios are to the smallest. At most {rounds} rounds.
+its days that are over are added up, as workers do with one a minute, it is analysed, and for each
+round copied (`create database … template`); the copies of a round are measured one after the other,
+in turning order, and each comes with nothing in Postgres' own cache. The newest 1,000 jobs that
+ended have a transcript, that of a minute; the others' are empty, so that a million fit. Ratios are
+to the smallest. At most {rounds} rounds.
 
 - By REST, one request after the other to a `pgscribe web` process, medians of {asks}, or of as
   many as fit into 2 s: a job with its transcript (at random of the owner's newest 500 that have
   one), the newest 20, the newest 20 that failed, the operator's overview of 24 hours, in which a
-  twentieth of the jobs ended; and the time from opening a stream of events until its snapshot has
-  begun.
+  twentieth of the jobs ended (and for its costs, those of today in UTC are added up); and the time
+  from opening a stream of events until its snapshot has begun.
 - By SQL, medians of {queries}: `queue_health`, `operator_metrics()`, which is what a scrape of
   `/metrics` reads, and what the views and functions for the dashboard show.
 - Starts: a worker with {concurrency} jobs at a time that do nothing, of {few:,} that wait already,
@@ -49,7 +53,24 @@ a million fit. Ratios are to the smallest. At most {rounds} rounds.
   counted, since their slots were free.
 - Pickup: from just before the commit of an inserted row to its start in that worker, idle; median
   of {pickups}.
-- Enqueue, last: rows a second of one connection, each row a transaction, and 1,000 a statement."""
+- Enqueue: rows a second of one connection, each row a transaction, and 1,000 a statement.
+
+Of the databases with jobs that ended, also:
+
+- Upkeep: what a worker does every minute (calls, audio and usage that jobs may have left) and every
+  ten (retention, which keeps everything for 30 days here) where there is nothing to do; medians of
+  {queries}.
+- Streams of events, last in the first round: {listeners} of them, {per_owner} of each owner, as in
+  the [section on them](#listeners), none of the owner who has half of all jobs: opened in a second;
+  medians of {events} changes of a job, seen by its owner's streams, and of {fan_outs} changes of a
+  job of every owner, seen by all.
+- Recovery, once for all rounds, all databases side by side: from `kill -9` of a worker to the start
+  of its job in another one, as in the [section on the queue](#queue), stalled after {stall} s; mean
+  of {kills} workers in a database.
+- At rest, after that, in copies of their own, all side by side for {idle_seconds} s: what an idle
+  worker sends, and a `pgscribe web` with one open stream of the owner of half of all jobs; and how
+  long Postgres executes statements for them (`active_time` of pg_stat_database), by the minute.
+  That worker has no upkeep: see there."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +86,14 @@ class Sizes:
     pickups: int = 40
     singles: int = 300
     batches: int = 5
+    listeners: int = 100
+    events: int = 30
+    fan_outs: int = 4
+    idle_seconds: int = 30
+    kills: int = 3
 
 
-QUICK = Sizes((1_000, 10_000), (300, 3_000), 5, 2, 250, 300, 5, 30, 1)
+QUICK = Sizes((1_000, 10_000), (300, 3_000), 5, 2, 250, 300, 5, 30, 1, 10, 5, 2, 11, 1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,7 @@ PATHS = {
 }
 # As EXPLAIN says: most owners have 20 jobs of 10,000, so no index in their order seems worth it.
 SORTED = "With 10,000 jobs the planner sorts all of this owner, who has half of them."
+RATES = {"jobs/s", "rows/s", "streams/s"}  # the others are times and loads
 HEADLINES = ("starts", "get")
 LINES = {
     "get": Line("`GET /jobs/{id}`", waiting=False),
@@ -108,6 +135,18 @@ LINES = {
     "pickup": Line("Pickup by an idle worker, p50", waiting=False),
     "enqueue": Line("Enqueue, a row a transaction", "rows/s"),
     "enqueue-many": Line("Enqueue, 1,000 rows a statement", "rows/s"),
+    "upkeep": Line("Upkeep of a worker, every minute", waiting=False),
+    "retention": Line("Upkeep of a worker, every ten minutes", waiting=False),
+    "streams-opened": Line("Streams of events, opened", "streams/s", waiting=False),
+    "stream-event": Line("Event of a job until its streams had it, p50", waiting=False),
+    "stream-fan-out": Line("Event of all jobs until all streams had it, p50", waiting=False),
+}
+AT_REST = {
+    "idle-worker": Line("Idle worker, statements", "/s"),
+    "idle-worker-time": Line("Idle worker, time in the database", "ms/minute"),
+    "idle-web": Line("Web server with one stream, statements", "/s"),
+    "idle-web-time": Line("Web server with one stream, time in the database", "ms/minute"),
+    "recovery": Line("Recovery after `kill -9`", "s"),
 }
 BY_SQL = {
     "health": "admin_health",
@@ -172,20 +211,28 @@ async def by_rest(port: int, jobs: Sequence[str], sizes: Sizes) -> Figures:
             taken.append(1000 * (time.perf_counter() - begin))
         found[name] = statistics.median(taken[WARM_UP:])
     writer.close()
-    snapshots = [await _snapshot(port, mine) for _ in range(sizes.queries + 1)]
-    return found | {"snapshot": statistics.median(snapshots[1:])}
+    return found
 
 
-async def _snapshot(port: int, mine: str) -> float:
+def _snapshot(port: int) -> float:
     begin = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request("GET", "/jobs/events", mine))
-    while not (line := await reader.readline()).startswith(b"event: snapshot"):
-        if not line:
-            raise RuntimeError("The stream ended before its snapshot")
-    writer.close()
-    await writer.wait_closed()
-    return 1000 * (time.perf_counter() - begin)
+    with open_stream(port, token(OWNER)):
+        return 1000 * (time.perf_counter() - begin)
+
+
+async def by_streams(conn: Connection, port: int, sizes: Sizes) -> Figures:
+    """Return how soon many streams are open, and have events."""
+    owners = {"owner": OWNER, "users": sizes.listeners // PER_OWNER}
+    jobs = add_jobs(conn, [user for (user,) in conn.execute(ASKED["others"], owners)])
+    tokens, streams = with_tokens(jobs), Streams(port)
+    begin = time.perf_counter()
+    await streams.open(tokens, PER_OWNER)
+    opened = time.perf_counter() - begin
+    return {
+        "streams-opened": sizes.listeners / opened,
+        "stream-event": statistics.median(await see_events(conn, streams, jobs, sizes.events)),
+        "stream-fan-out": statistics.median(await fan_out(conn, streams, jobs, sizes.fan_outs)),
+    }
 
 
 def by_worker(conn: Connection, url: str, sizes: Sizes, *, waiting: bool) -> Figures:
@@ -228,7 +275,9 @@ def enqueue(conn: Connection, sizes: Sizes) -> Figures:
     }
 
 
-def measure_copy(server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: Sizes) -> Figures:
+def measure_copy(
+    server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: Sizes, *, streams: bool
+) -> Figures:
     """Copy a database, measure everything with it, and drop it."""
     server.create_database("copy", template=filled.name)
     url = server.url(database="copy")
@@ -237,8 +286,13 @@ def measure_copy(server: EmbeddedPostgres, filled: Filled, folder: Path, sizes: 
         found = by_sql(conn, sizes)
         with web_process(url, folder) as web:
             found |= asyncio.run(by_rest(web.port, jobs, sizes))
-        found |= by_worker(conn, url, sizes, waiting=filled.waiting)
-        found |= enqueue(conn, sizes)
+            found["snapshot"] = _median(functools.partial(_snapshot, web.port), sizes.queries)
+            if not filled.waiting:
+                found |= asyncio.run(measure_upkeep(url, folder, sizes.queries))
+            found |= by_worker(conn, url, sizes, waiting=filled.waiting)
+            found |= enqueue(conn, sizes)
+            if streams:
+                found |= asyncio.run(by_streams(conn, web.port, sizes))
     server.drop_database("copy")
     return found
 
@@ -253,20 +307,22 @@ def fill_all(server: EmbeddedPostgres, sizes: Sizes) -> Iterator[Filled]:
         yield Filled(f"waiting_{number}", f"{number:,} waiting", waiting=True)
 
 
-def measurements(found: Mapping[str, Sequence[Figures]], *, waiting: bool) -> Iterator[Measurement]:
+def measurements(
+    kind: str, lines: Mapping[str, Line], found: Mapping[str, Sequence[Figures]]
+) -> Iterator[Measurement]:
     """Yield the lines for some databases."""
-    kind = "waiting" if waiting else "ended"
-    for name, line in LINES.items():
-        if waiting and not line.waiting:
-            continue
+    for name, line in lines.items():
         yield Measurement(
             f"growth-{kind}-{name}",
             line.what,
             line.unit,
-            "lower" if line.unit == "ms" else "higher",
-            {column: [figures[name] for figures in rounds] for column, rounds in found.items()},
+            "higher" if line.unit in RATES else "lower",
+            {
+                column: [figures[name] for figures in rounds if name in figures]
+                for column, rounds in found.items()
+            },
             next(iter(found)),
-            "" if waiting else line.note,
+            line.note if kind == "ended" else "",
             headline=name in HEADLINES,
         )
 
@@ -283,16 +339,20 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
         stack.callback(server.remove)
         server.start()
         databases = list(fill_all(server, sizes))
+        ended = {one.name: one.column for one in databases if not one.waiting}
         for number in range(min(rounds, ROUNDS)):
             for one in databases[:: -1 if number % 2 else 1]:
-                figures = measure_copy(server, one, folder, sizes)
+                streams = number == 0 and not one.waiting
+                figures = measure_copy(server, one, folder, sizes, streams=streams)
                 found[one.waiting][one.column].append(figures)
+        at_rest = measure_at_rest(server, list(ended), folder, sizes.idle_seconds, sizes.kills)
     ordered = {
         waiting: {
             one.column: found[waiting][one.column] for one in databases if one.waiting == waiting
         }
         for waiting in found
     }
+    of_waiting = {name: line for name, line in LINES.items() if line.waiting}
     return Section(
         "growth",
         "Growth with rows",
@@ -303,8 +363,14 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
             base=sizes.ended[0],
             concurrency=CONCURRENCY,
             rounds=ROUNDS,
+            per_owner=PER_OWNER,
+            stall=STALL,
         ),
-        [*measurements(ordered[False], waiting=False), *measurements(ordered[True], waiting=True)],
+        [
+            *measurements("ended", LINES, ordered[False]),
+            *measurements("ended", AT_REST, {ended[name]: [at_rest[name]] for name in ended}),
+            *measurements("waiting", of_waiting, ordered[True]),
+        ],
         plots=[
             Plot(
                 f"growth-{kind}-plot",
@@ -314,7 +380,11 @@ def measure(rounds: int, quick: bool) -> Section:  # noqa: FBT001 - the contract
                 logarithmic=True,
             )
             for kind, verb, names in (
-                ("ended", "ended", ("get", "list", "overview", "snapshot", "health", "pickup")),
+                (
+                    "ended",
+                    "ended",
+                    ("get", "list", "overview", "snapshot", "health", "pickup", "stream-event"),
+                ),
                 ("waiting", "wait", ("list", "overview", "snapshot", "health")),
             )
         ],

@@ -32,3 +32,10 @@ insert into public.processing_jobs (user_id, file_path) values (%(owner)s, 'a/b.
 
 -- submit_many --
 insert into public.processing_jobs (user_id, file_path) select %(owner)s, 'a/b.mp3' from generate_series(1, 1000)
+
+-- others --
+-- Whoever is not the owner of half of all jobs.
+select id from auth.users where id <> %(owner)s order by id limit %(users)s
+
+-- active_time --
+select active_time from pg_stat_database where datname = %(database)s

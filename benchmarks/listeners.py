@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import psycopg
@@ -37,7 +37,7 @@ event, on the clock that both processes share.
 Memory is what the web server's resident set grew by while the streams were opened, for each of
 them."""
 
-Connection = psycopg.Connection[tuple[UUID, UUID]]
+Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,35 @@ class Streams:
         return sum(client.connected for mine in self.clients.values() for client in mine)
 
 
-def add_jobs(conn: Connection, users: int) -> list[tuple[UUID, UUID]]:
-    """Insert a running job for each of so many users; return who they are and which it is."""
-    conn.execute(
+def add_users(conn: Connection, users: int) -> list[UUID]:
+    """Insert so many users."""
+    rows = conn.execute(
         "insert into auth.users (id, email) select gen_random_uuid(), n || '@example.org'"
-        " from generate_series(1, %s) n",
+        " from generate_series(1, %s) n returning id",
         (users,),
     )
-    conn.execute(
-        "insert into processing_jobs (user_id, file_path) select id, 'a/b.mp3' from auth.users"
+    return [row[0] for row in rows]
+
+
+def add_jobs(conn: Connection, users: Sequence[UUID]) -> dict[UUID, UUID]:
+    """Insert a running job for each of the users; return which it is."""
+    rows = conn.execute(
+        "insert into processing_jobs (user_id, file_path) select unnest(%s::uuid[]), 'a/b.mp3'"
+        " returning user_id, id",
+        (list(users),),
     )
-    conn.execute("update procrastinate.procrastinate_jobs set status = 'doing'")
-    return conn.execute("select user_id, id from processing_jobs").fetchall()
+    jobs: dict[UUID, UUID] = dict(rows.fetchall())
+    conn.execute(
+        "update procrastinate.procrastinate_jobs set status = 'doing' where id in"
+        " (select job_id::bigint from processing_jobs where id = any (%s))",
+        (list(jobs.values()),),
+    )
+    return jobs
+
+
+def with_tokens(jobs: Mapping[UUID, UUID]) -> list[tuple[UUID, str, UUID]]:
+    """Return users, a token of each, and their jobs."""
+    return [(user, token(user), job) for user, job in jobs.items()]
 
 
 def change(conn: Connection, jobs: Sequence[UUID]) -> float:
@@ -151,32 +168,48 @@ def percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1]
 
 
-async def measure_round(conn: Connection, server: WebProcess, sizes: Sizes) -> dict[str, float]:
-    """Open all streams and let jobs change."""
-    jobs = dict(add_jobs(conn, sizes.users + 1))
-    tokens = [(user, token(user), job) for user, job in jobs.items()]
-    warm_up = Streams(server.port)
-    await warm_up.open(tokens[:1], 5)
-    before = resident(server.pid)
-    streams = Streams(server.port)
-    begin = time.monotonic()
-    await streams.open(tokens[1:], sizes.streams // sizes.users)
-    opened = time.monotonic() - begin
-    grown = resident(server.pid) - before
+async def see_events(
+    conn: Connection, streams: Streams, jobs: Mapping[UUID, UUID], samples: int
+) -> list[float]:
+    """Change one job after the other; return the milliseconds until its user's streams had it."""
     watched = list(streams.clients)
     events: list[float] = []
     await asyncio.sleep(2)  # until the second looks at all are done
-    for number in range(sizes.samples):
+    for number in range(samples):
         # Changes of one job that come in a quarter of a second are told together.
-        await asyncio.sleep(max(0.05, 0.3 / sizes.users))
-        user = watched[number % sizes.users]
+        await asyncio.sleep(max(0.05, 0.3 / len(watched)))
+        user = watched[number % len(watched)]
         since = change(conn, [jobs[user]])
         events += await streams.arrivals([user], since)
+    return events
+
+
+async def fan_out(
+    conn: Connection, streams: Streams, jobs: Mapping[UUID, UUID], samples: int
+) -> list[float]:
+    """Change all jobs at once; return the milliseconds until each stream had it."""
+    watched = list(streams.clients)
     everybody: list[float] = []
-    for _ in range(sizes.fan_outs):
+    for _ in range(samples):
         await asyncio.sleep(0.5)
         since = change(conn, [jobs[user] for user in watched])
         everybody += await streams.arrivals(watched, since)
+    return everybody
+
+
+async def measure_round(conn: Connection, server: WebProcess, sizes: Sizes) -> dict[str, float]:
+    """Open all streams and let jobs change."""
+    jobs = add_jobs(conn, add_users(conn, sizes.users + 1))
+    first, *others = with_tokens(jobs)
+    warm_up, streams = Streams(server.port), Streams(server.port)
+    await warm_up.open([first], 5)
+    before = resident(server.pid)
+    begin = time.monotonic()
+    await streams.open(others, sizes.streams // sizes.users)
+    opened = time.monotonic() - begin
+    grown = resident(server.pid) - before
+    events = await see_events(conn, streams, jobs, sizes.samples)
+    everybody = await fan_out(conn, streams, jobs, sizes.fan_outs)
     return {
         "open": streams.connected,
         "opened": sizes.streams / opened,

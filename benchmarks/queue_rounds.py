@@ -5,9 +5,10 @@ import select
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,7 @@ def start_idle(places: Places, system: System, stack: ExitStack) -> Idle:
         proxy, url = stack.enter_context(place.proxied(0))
         conn = stack.enter_context(psycopg.connect(place.url, autocommit=True))
     child = stack.enter_context(worker(system, Work(url, 10, behaviour="idle")))
-    producer = places.producers[system.name]
-    producer.ask(url=place.url, statements=1, jobs=1)
-    producer.ask(close=True)
+    submit(places, system, place, 1)
     child.read()
     return Idle(system, place, proxy, conn)
 
@@ -234,44 +233,88 @@ def cpu_of(pid: int) -> float:
     return int(spent) * NANO
 
 
+@dataclass(frozen=True)
+class Standby:
+    """Workers of one job at a time that wait, and how half of them are given one."""
+
+    system: System
+    workers: Sequence[Child]
+    submit: Callable[[int], object]
+
+    def begin(self) -> tuple[list[Child], list[Child]]:
+        """Give half of them a job each; return these, and those that have none."""
+        victims: list[Child] = []
+        survivors = list(self.workers)
+        self.submit(len(survivors) // 2)
+        while len(victims) < len(survivors):
+            begun = select.select(survivors, [], [], MINUTE)[0]
+            if not begun:
+                raise PeerFailed(self.system.name, "no worker started the job")
+            for child in begun:
+                child.read()
+                victims.append(child)
+                survivors.remove(child)
+        return victims, survivors
+
+
+def standby(system: System, work: Work, submit: Callable[[int], object], stack: ExitStack,
+            workers: int = 2) -> Standby:  # fmt: skip
+    """Start workers whose jobs never end."""
+    started = [stack.enter_context(start_worker(system, work)) for _ in range(workers)]
+    return Standby(system, started, submit)
+
+
+def take_overs(standbys: Sequence[Standby]) -> list[float]:
+    """Return of each the seconds from the kill of a worker to the start of its job in another one.
+
+    Means, where several workers are killed. All wait at the same time, for they do nothing else.
+    """
+    halves = [each.begin() for each in standbys]
+    killed = [[_kill(victim) for victim in victims] for victims, _ in halves]
+    return [
+        statistics.mean(survivor.read()["started"] for survivor in survivors)
+        - statistics.mean(times)
+        for (_, survivors), times in zip(halves, killed, strict=True)
+    ]
+
+
+def _kill(victim: Child) -> float:
+    time.sleep(random.uniform(0, 0.3))  # noqa: S311 - any time between two heartbeats
+    killed = time.monotonic()
+    victim.kill()
+    return killed
+
+
 def recover(
     places: Places, systems: Sequence[System], stalls: Sequence[int | None], samples: int
 ) -> dict[str, list[float]]:
-    """Return the seconds from the kill of a worker to the start of its job in another one.
-
-    All wait at the same time, for they do nothing else.
-    """
+    """Return the seconds from the kill of a worker to the start of its job in another one."""
     figures: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         pairs = []
         for system, stall in [*zip(systems, stalls, strict=True)] * samples:
             place = stack.enter_context(places.fresh(system))
             work = Work(place.url, 1, stall=stall, behaviour="hang")
-            workers = [stack.enter_context(start_worker(system, work)) for _ in range(2)]
-            pairs.append((system, place, workers))
-        for _, _, workers in pairs:
-            for ready in workers:
-                ready.read()
-        time.sleep(STARTED_UP)
-        waiting = []
-        for system, place, workers in pairs:
-            producer = places.producers[system.name]
-            producer.ask(url=place.url, statements=1, jobs=1)
-            producer.ask(close=True)
-            begun = select.select(workers, [], [], MINUTE)[0]
-            if not begun:
-                raise PeerFailed(system.name, "no worker started the job")
-            victim = begun[0]
-            victim.read()
-            waiting.append((system, victim, workers[workers[0] is victim]))
-        killed = []
-        for _, victim, _ in waiting:
-            time.sleep(random.uniform(0, 0.3))  # noqa: S311 - any time between two heartbeats
-            killed.append(time.monotonic())
-            victim.kill()
-        for (system, _, survivor), since in zip(waiting, killed, strict=True):
-            figures[system.name].append(survivor.read()["started"] - since)
+            pairs.append(standby(system, work, partial(submit, places, system, place), stack))
+        wait_until_ready(pairs)
+        for pair, seconds in zip(pairs, take_overs(pairs), strict=True):
+            figures[pair.system.name].append(seconds)
     return figures
+
+
+def submit(places: Places, system: System, place: Place, jobs: int) -> None:
+    """Enqueue some jobs in one statement, and close the producer's connection."""
+    producer = places.producers[system.name]
+    producer.ask(url=place.url, statements=1, jobs=jobs)
+    producer.ask(close=True)
+
+
+def wait_until_ready(standbys: Sequence[Standby]) -> None:
+    """Return when all workers are idle."""
+    for each in standbys:
+        for child in each.workers:
+            child.read()
+    time.sleep(STARTED_UP)
 
 
 def in_turn(systems: Sequence[System], round_number: int) -> Sequence[System]:

@@ -33,6 +33,7 @@ WHILE = 0.1  # seconds
 STALL_TIMEOUT = 30.0  # pgscribe's default
 
 RunJob = Callable[[procrastinate.JobContext], Awaitable[object]]
+Upkeep = Callable[[], Awaitable[object]]
 RunWorker = Callable[[], Coroutine[Any, Any, None]]
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -134,17 +135,19 @@ def add_task(app: procrastinate.App, run_job: RunJob) -> None:
         return await run_job(context)
 
 
-def add_upkeep(app: procrastinate.App, pool: Pool, storage: Storage, settings: Settings) -> None:
-    """Register what a worker of pgscribe's does every minute and every ten, whatever waits."""
-    nothing_runs: Any = None
+def upkeep(pool: Pool, storage: Storage, settings: Settings) -> tuple[Upkeep, Upkeep]:
+    """Return what a worker of pgscribe's does every minute, and every ten, whatever waits."""
     clean_up = worker._clean_up  # noqa: SLF001 - what the product's worker passes on
-    tasks.add_tasks(
-        app,
-        nothing_runs,
-        nothing_runs,
-        partial(retention.prune, pool, storage, settings),
+    return (
         partial(clean_up, pool, storage, worker.make_compute(settings)),
+        partial(retention.prune, pool, storage, settings),
     )
+
+
+def add_upkeep(app: procrastinate.App, every_minute: Upkeep, every_ten: Upkeep) -> None:
+    """Register the periodic tasks."""
+    nothing_runs: Any = None
+    tasks.add_tasks(app, nothing_runs, nothing_runs, every_ten, every_minute)
     del app.tasks[TASK_NAME]  # jobs are the benchmark's
 
 
@@ -160,7 +163,7 @@ async def pgscribe(work: Work, run_job: RunJob) -> AsyncIterator[RunWorker]:
     app = worker.make_app(settings)
     async with pool, app.open_async(pool), aclosing(make_storage(settings)) as storage:
         if work.behaviour == "idle":
-            add_upkeep(app, pool, storage, settings)
+            add_upkeep(app, *upkeep(pool, storage, settings))
         add_task(app, run_job)
         yield app.new_worker(concurrency=work.concurrency).run
 

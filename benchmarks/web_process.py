@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -92,3 +93,14 @@ async def read_answer(reader: asyncio.StreamReader) -> None:
         if line.startswith(b"content-length")
     )
     await reader.readexactly(length)
+
+
+@contextmanager
+def open_stream(port: int, user_token: str) -> Iterator[None]:
+    """Hold a stream of all events of a user's open, from when its snapshot has begun."""
+    with socket.create_connection(("127.0.0.1", port), timeout=START_TIMEOUT) as stream:
+        stream.sendall(request("GET", "/jobs/events", user_token))
+        with stream.makefile("rb") as lines:
+            if not any(line.startswith(b"event: snapshot") for line in lines):
+                raise RuntimeError("The stream ended before its snapshot")
+            yield

@@ -288,6 +288,13 @@ class Steps:
         ).fetchone()
         assert row == (100,)
 
+    async def prune_nothing(self) -> None:
+        """As at most times: then what maintenance has left is looked for, too."""
+        row = self._conn.execute(
+            "select pgscribe.prune('queue_jobs', interval '30 days', 100)"
+        ).fetchone()
+        assert row == (0,)
+
     async def trace(self) -> None:
         attempt = self._held[0].attempt
         assert attempt is not None
@@ -333,6 +340,7 @@ async def test_what_is_read_does_not_depend_on_finished_jobs(
         ("list queued", 20, functools.partial(steps.list_jobs, "queued")),
         ("list failed", 20, functools.partial(steps.list_jobs, "failed")),
         ("delete", 2, steps.delete),
+        ("prune nothing", 0, steps.prune_nothing),
         ("prune queue jobs", 100, functools.partial(steps.prune, "queue_jobs")),
         ("prune", 100, functools.partial(steps.prune, "completed")),
         ("sign off", 1, steps.sign_off),
