@@ -4,7 +4,9 @@ Requests name a function of ``_Child`` and hold its arguments. The answers to a 
 of ``{"progress": 0..1}``, then what ``jobs.compute.base`` says that functions return.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -13,6 +15,7 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,24 @@ from modal_functions.transcription import prepare, transcribe_chunk
 logger = logging.getLogger(__name__)
 
 PROGRESS_STEP = 0.01  # an engine may report thousands of steps; these are plenty
+
+# The pause is for another worker to take the job, or for somebody to make room.
+NO_ROOM = {"code": "compute_unavailable", "retryable": True, "retry_after": 30.0}
+
+
+class _NoRoom(Exception):
+    """The disk is full to which a recording is decoded."""
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        logger.error("PGSCRIBE_SCRATCH_DIR is full: %s", exc)  # noqa: TRY400 - no fault of ours
+        raise _NoRoom("The worker's PGSCRIBE_SCRATCH_DIR has no room for this recording") from exc
 
 
 class _Child:
@@ -76,13 +97,14 @@ class _Child:
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         """Decode a recording to a file, which appears at once, and plan its spans."""
         pcm, unfinished = Path(request["pcm"]), Path(request["unfinished"])
-        plan = prepare(
-            request["source"],
-            unfinished,
-            preprocessing=request["preprocessing"],
-            max_seconds=request["max_seconds"],
-            **{name: request[name] for name in ("min_span", "max_span") if request[name]},
-        )
+        with _decoding():
+            plan = prepare(
+                request["source"],
+                unfinished,
+                preprocessing=request["preprocessing"],
+                max_seconds=request["max_seconds"],
+                **{name: request[name] for name in ("min_span", "max_span") if request[name]},
+            )
         unfinished.replace(pcm)
         return {"plan": dataclasses.replace(plan, pcm=pcm).to_dict()}
 
@@ -113,6 +135,8 @@ class _Child:
             return function(request)
         except TranscriptionError as exc:
             return {"error": {"code": exc.code, "message": str(exc), "retryable": exc.retryable}}
+        except _NoRoom as exc:
+            return {"error": NO_ROOM | {"message": str(exc)}}
         except Exception:  # whatever a model or a decoder raises ends this call only
             logger.exception("Unexpected error in the engine")
             message = "The engine failed unexpectedly; the worker's log says more."

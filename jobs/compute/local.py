@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from uuid import uuid4
 
 from jobs import logs
 from jobs.compute.base import OnProgress, Outcome, Prepare, Transcribe
-from jobs.errors import CallLost, EngineCrashed, SettingsError
+from jobs.errors import CallLost, ComputeUnavailable, EngineCrashed, SettingsError
 from jobs.settings import Settings
 from modal_functions.transcript import TranscriptionOptions
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _CHILD = (sys.executable, "-m", "jobs.compute.engine_process")
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
 _KEEP_SCRATCH = 24 * 3600  # seconds after which a decoded file was forgotten by its job
+LEAST_ROOM = 64 * 1024**2  # bytes of scratch space: half an hour of decoded audio
 _KEEP_ENDED = 256  # calls whose answers are remembered; a chunk's takes some 50 kB
 _MAX_ANSWER = 256 * 1024**2  # bytes; a transcript with word times is about 2 MB an hour
 
@@ -349,7 +351,13 @@ class LocalCompute:
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     async def spawn(self, request: Prepare | Transcribe) -> str:
-        """Start a call on the next idle process of its kind; see ``Compute``."""
+        """Start a call on the next idle process of its kind; see ``Compute``.
+
+        Raises ``ComputeUnavailable`` where a recording has no room. Else a worker whose disk is
+        full would fail job after job, sooner than other workers take them.
+        """
+        if isinstance(request, Prepare):
+            await asyncio.to_thread(_check_room, self._scratch)
         call_id = f"local-{uuid4()}"
         self._forget_old()
         call = self._calls[call_id] = _Call(
@@ -414,6 +422,19 @@ class LocalCompute:
         """Delete a file that ``prepare`` decoded, if it is there, and forgotten ones with it."""
         await asyncio.to_thread(_delete, self._decoded(Path(pcm).name))
         await asyncio.to_thread(_tidy, self._scratch)
+
+
+def _check_room(scratch: Path) -> None:
+    try:
+        free = shutil.disk_usage(scratch).free
+    except OSError as exc:
+        raise ComputeUnavailable(
+            f"The worker's PGSCRIBE_SCRATCH_DIR can't be used ({exc.strerror})"
+        ) from exc
+    if free < LEAST_ROOM:
+        raise ComputeUnavailable(
+            f"The worker's PGSCRIBE_SCRATCH_DIR is full: {free / 1024**2:.0f} MiB are free"
+        )
 
 
 def _delete(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from uuid import uuid4
 
 import ffmpeg
 import imageio_ffmpeg
@@ -19,7 +21,13 @@ import pytest
 from jobs.compute import local
 from jobs.compute.base import Compute, Outcome, Prepare, Transcribe
 from jobs.compute.local import LocalCompute, processes_and_threads
-from jobs.errors import CallLost, EngineCrashed, SettingsError, TranscriptionFailed
+from jobs.errors import (
+    CallLost,
+    ComputeUnavailable,
+    EngineCrashed,
+    SettingsError,
+    TranscriptionFailed,
+)
 from jobs.settings import Settings
 from modal_functions.plan import Plan, Span
 from modal_functions.transcript import TranscriptionOptions
@@ -169,6 +177,32 @@ async def test_what_is_wrong_is_told_and_leaves_no_file(
             assert (caught.value.code, caught.value.retryable) == (code, retryable)
             assert str(tmp_path) not in str(caught.value)
     assert list(settings.scratch_dir.iterdir()) == [plan.pcm]
+
+
+async def test_a_worker_whose_disk_is_full_asks_others_to_go_on(
+    compute: LocalCompute, settings: Settings, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = uuid4()
+    (settings.scratch_dir / f".local-{number}.pcm").symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "uuid4", lambda: number)
+        call_id = await compute.spawn(to_prepare(clip))
+    with pytest.raises(TranscriptionFailed, match="PGSCRIBE_SCRATCH_DIR has no room") as caught:
+        await end(compute, call_id)
+    assert (caught.value.code, caught.value.retryable) == (ComputeUnavailable.code, True)
+    assert caught.value.retry_after == 30
+    assert list(settings.scratch_dir.iterdir()) == []
+    plan = await prepared(compute, clip)
+
+    monkeypatch.setattr(local, "LEAST_ROOM", shutil.disk_usage(settings.scratch_dir).total + 1)
+    with pytest.raises(ComputeUnavailable, match=r"PGSCRIBE_SCRATCH_DIR is full: [0-9]+ MiB"):
+        await compute.spawn(to_prepare(clip))
+    await end(compute, await compute.spawn(whole(plan)))  # it needs no room
+
+    monkeypatch.setattr(local, "LEAST_ROOM", 0)
+    shutil.rmtree(settings.scratch_dir)
+    with pytest.raises(ComputeUnavailable, match=r"can't be used \(No such file or directory\)"):
+        await compute.spawn(to_prepare(clip))
 
 
 async def test_prepared_audio_can_be_gone_or_cut_off(compute: LocalCompute, clip: Path) -> None:
