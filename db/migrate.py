@@ -19,6 +19,8 @@ _HERE = Path(__file__).parent
 _QUERIES = named_queries.load(_HERE / "migrate.sql")
 _OWN_FILE = re.compile(r"(\d{14})_(\w+)\.sql")
 PATIENCE = 10.0  # seconds to wait for another `pgscribe migrate`
+CONNECT_TIMEOUT = 10  # seconds
+_EXISTS = frozenset(["42701", "42710", "42723", "42P06", "42P07"])  # a column, trigger, table, …
 # Pauses between attempts at a migration whose locks somebody else holds; workers go on meanwhile.
 PAUSES = (1.0, 2.0, 4.0, *([5.0] * 11))
 
@@ -27,6 +29,10 @@ _PROCRASTINATE_FILE = re.compile(r"(\d\d)\.(\d\d)\.(\d\d)_(\d\d)_(\w+)\.sql")
 
 class MigrationBlocked(Exception):
     """A migration was not applied, as others hold locks that it needs; the message says who."""
+
+
+class MigrationFailed(Exception):
+    """The database refused a migration; the message says which, why, and what may help."""
 
 
 class _InTheWay(Exception):
@@ -95,10 +101,12 @@ def migrate(
 
     A statement waits a second for a lock at most, so that nobody waits behind it for longer; then
     all of the migration is tried again for about a minute. ``on_blocked`` hears who holds it up.
-    Raises ``MigrationBlocked``.
+    Raises ``MigrationBlocked`` and ``MigrationFailed``.
     """
     applied = 0
-    with psycopg.connect(url, autocommit=True, prepare_threshold=None) as conn:
+    with psycopg.connect(
+        url, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_TIMEOUT
+    ) as conn:
         with conn.transaction():
             _take_turn(conn)
             conn.execute(_QUERIES["create_ledger"])
@@ -162,7 +170,25 @@ def _apply(conn: psycopg.Connection, migration: Migration) -> bool:
             )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as exc:
             raise _InTheWay from exc
+        except psycopg.OperationalError:  # the database is gone
+            raise
+        except psycopg.Error as exc:
+            raise MigrationFailed(_refused(migration, exc)) from exc
     return True
+
+
+def _refused(migration: Migration, exc: psycopg.Error) -> str:
+    said = exc.diag.message_primary or str(exc)
+    refused = f"{migration.filename} was not applied, and nothing of it is left behind: {said}."
+    if exc.sqlstate not in _EXISTS:
+        return refused
+    return (
+        f"{refused} If that is what an earlier run of it has made, the ledger "
+        "supabase_migrations.schema_migrations has lost its row, as after a restore without that "
+        "schema: restore it, or note what is there with `pgscribe migrate --export "
+        "supabase/migrations && supabase migration repair --status applied "
+        f"{migration.version}`, and run `pgscribe migrate` again"
+    )
 
 
 def export(directory: Path) -> list[Path]:

@@ -126,7 +126,7 @@ class Embedded:
         with self._listener, ExitStack() as stack:
             self._home.mkdir(parents=True, exist_ok=True)
             self._start_postgres(stack)
-            migrate.migrate(self.postgres.url())
+            self._migrate()
             with psycopg.connect(self.postgres.url()) as conn:
                 conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
                 operate.add(conn, str(USER_ID))
@@ -150,6 +150,12 @@ class Embedded:
         try:
             stack.enter_context(self.postgres)
         except EmbeddedPostgresError as exc:
+            raise StartFailed(str(exc)) from exc
+
+    def _migrate(self) -> None:
+        try:
+            migrate.migrate(self.postgres.url())
+        except (migrate.MigrationBlocked, migrate.MigrationFailed) as exc:
             raise StartFailed(str(exc)) from exc
 
     def _start_web(self, stack: ExitStack) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CONNECT_TIMEOUT = 10  # seconds; libpq waits for ever
+
 # SQLSTATEs: there is no such schema, column, function or table.
 _NOT_MIGRATED = frozenset(["3F000", "42703", "42883", "42P01"])
 
@@ -73,7 +75,9 @@ def database() -> "Iterator[psycopg.Connection[Any]]":
     from jobs.settings import Settings
 
     url = Settings.load().database_url.get_secret_value()
-    with psycopg.connect(url, prepare_threshold=None, autocommit=True) as conn:
+    with psycopg.connect(
+        url, prepare_threshold=None, autocommit=True, connect_timeout=CONNECT_TIMEOUT
+    ) as conn:
         yield conn
 
 

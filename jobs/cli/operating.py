@@ -8,7 +8,14 @@ from uuid import UUID
 
 import click
 
-from jobs.cli.common import as_json, database, echo_json, echo_rows, friendly
+from jobs.cli.common import (
+    CONNECT_TIMEOUT,
+    as_json,
+    database,
+    echo_json,
+    echo_rows,
+    friendly,
+)
 from jobs.errors import JobNotFound, PgscribeError
 
 if TYPE_CHECKING:
@@ -69,7 +76,7 @@ def _on_database(act: "Callable[[psycopg.AsyncConnection[Any]], Awaitable[T]]") 
 
     async def run() -> T:
         async with await psycopg.AsyncConnection.connect(
-            url, autocommit=True, prepare_threshold=None
+            url, autocommit=True, prepare_threshold=None, connect_timeout=CONNECT_TIMEOUT
         ) as conn:
             return await act(conn)
 

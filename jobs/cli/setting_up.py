@@ -39,7 +39,7 @@ def migrate(*, status: bool, export: Path | None) -> None:
 
     url = Settings.load().database_url.get_secret_value()
     if status:
-        with psycopg.connect(url, autocommit=True) as conn:
+        with psycopg.connect(url, autocommit=True, connect_timeout=runner.CONNECT_TIMEOUT) as conn:
             missing = runner.pending(conn)
         for migration in missing:
             click.echo(f"missing  {migration.filename}")
@@ -51,7 +51,7 @@ def migrate(*, status: bool, export: Path | None) -> None:
             lambda migration: click.echo(f"applied  {migration.filename}"),
             lambda problem: click.echo(f"waiting  {problem}", err=True),
         )
-    except runner.MigrationBlocked as exc:
+    except (runner.MigrationBlocked, runner.MigrationFailed) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(f"Up to date; {count} applied now")
 

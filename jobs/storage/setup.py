@@ -17,6 +17,7 @@ from jobs.storage.supabase import SupabaseStorage
 Say = Callable[[str], None]
 
 TYPES = ["audio/*", "video/*"]
+CONNECT_TIMEOUT = 10  # seconds; libpq waits for ever
 COMMANDS = ["delete", "insert", "select", "update"]
 _PROBE = b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00" + bytes(16)
 
@@ -98,7 +99,9 @@ async def _find(storage: SupabaseStorage) -> Any:
 async def _policies(settings: Settings, *, check: bool) -> str:
     values = {"bucket": settings.supabase_bucket}
     url = settings.database_url.get_secret_value()
-    async with await psycopg.AsyncConnection.connect(url, prepare_threshold=None) as conn:
+    async with await psycopg.AsyncConnection.connect(
+        url, prepare_threshold=None, connect_timeout=CONNECT_TIMEOUT
+    ) as conn:
         problem = None
         if not check:
             row = await (await conn.execute(STORAGE["set_up_storage"], values)).fetchone()

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from db import migrate
 from jobs import __version__
-from jobs.cli import main
+from jobs.cli import common, main, operating
 from jobs.settings import Settings
 from jobs.tokens import issue_token
 from tests.live import answer, proxied, serve
@@ -128,6 +128,20 @@ def test_an_unreachable_database_is_one_plain_sentence(
     assert "hidden" not in result.output
 
 
+def test_a_database_that_is_silent_is_not_waited_for_forever(
+    pgscribe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (common, operating, migrate):
+        monkeypatch.setattr(module, "CONNECT_TIMEOUT", 2)  # psycopg takes no less
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://postgres@127.0.0.1:{silent.getsockname()[1]}/x"
+        monkeypatch.setenv("PGSCRIBE_DATABASE_URL", url)
+        for command in ("jobs", "keys list", "migrate"):
+            result = pgscribe(*command.split())
+            assert (result.exit_code, result.stdout) == (1, ""), command
+            assert "The database is out of reach: connection timeout expired" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["jobs", "keys list", "worker"])
 def test_what_names_no_database_is_no_reason_to_try_again(
     pgscribe: Run, monkeypatch: pytest.MonkeyPatch, command: str
@@ -235,13 +249,17 @@ def _serve_where_somebody_listens() -> tuple[int, str, int]:
 def test_migrate(pgscribe: Run, conn: psycopg.Connection, tmp_path: Path) -> None:
     total = len(migrate.migrations())
     assert f"0 of {total} migrations are missing" in pgscribe("migrate", "--status").output
-    last = migrate.migrations()[-1]
+    lost = next(found for found in migrate.migrations() if found.name == "traces")
     conn.execute(
-        "delete from supabase_migrations.schema_migrations where version = %s", (last.version,)
+        "delete from supabase_migrations.schema_migrations where version = %s", (lost.version,)
     )
     status = pgscribe("migrate", "--status")
     assert status.exit_code == 1
-    assert f"missing  {last.filename}" in status.output
+    assert f"missing  {lost.filename}" in status.output
+    refused = pgscribe("migrate")
+    assert (refused.exit_code, type(refused.exception)) == (1, SystemExit)
+    assert f"{lost.filename} was not applied, and nothing of it is left" in refused.output
+    assert f"migration repair --status applied {lost.version}`" in refused.output
     exported = pgscribe("migrate", "--export", str(tmp_path / "supabase"))
     assert exported.exit_code == 0
     assert len(list((tmp_path / "supabase").glob("*.sql"))) == total

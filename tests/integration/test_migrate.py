@@ -93,8 +93,12 @@ def test_a_broken_migration_leaves_nothing_and_the_next_run_goes_on(
     broken = migrate.Migration("29990101000000", "broken", "create table half (); select 1 / 0;")
     whole = migrate.migrations()
     monkeypatch.setattr(migrate, "migrations", lambda: [*whole, broken])
-    with pytest.raises(psycopg.errors.DivisionByZero):
+    with pytest.raises(migrate.MigrationFailed) as caught:
         migrate.migrate(empty)
+    assert str(caught.value) == (
+        "29990101000000_broken.sql was not applied, and nothing of it is left behind: division by "
+        "zero."
+    )
     with psycopg.connect(empty) as conn:
         assert migrate.pending(conn) == [broken]
         assert conn.execute("select to_regclass('half')").fetchone() == (None,)
