@@ -216,7 +216,8 @@ class EmbeddedPostgres:
         except BlockingIOError:
             holder = self._lock.read() or "unknown"
             raise EmbeddedPostgresError(
-                f"The embedded Postgres in {self.root} is in use by process {holder}"
+                f"The embedded Postgres in {self.root} is in use by process {holder}: "
+                "stop that first, or work in another folder"
             ) from None
         self._lock.truncate()
         self._lock.write(str(os.getpid()))

@@ -29,6 +29,7 @@ from jobs.tokens import issue_token
 USER_ID = UUID("00000000-0000-4000-8000-000000000001")
 USER_EMAIL = "dev@pgscribe.local"
 LOOPBACK = "127.0.0.0/8,::1/128"
+NETWORKS = "PGSCRIBE_WEBHOOK_NETWORKS"
 TOKEN_LIFETIME = 7 * 24 * 3600  # seconds
 START_TIMEOUT = 60  # seconds
 STOP_TIMEOUT = 20  # seconds, then a process is killed
@@ -68,6 +69,7 @@ class Embedded:
 
     def __init__(self, home: Path, *, port: int = 0, quiet: bool = False) -> None:
         self._home = home
+        self._file = home / "dev.env"
         self._quiet = quiet
         self._stack = ExitStack()
         # Listens from here on: a port that is only looked up is somebody else's by the time that
@@ -108,7 +110,7 @@ class Embedded:
         settings = self.settings
         told = {}
         if "webhook_networks" not in settings.model_fields_set:
-            told["PGSCRIBE_WEBHOOK_NETWORKS"] = LOOPBACK
+            told[NETWORKS] = LOOPBACK
         # Modal can't reach this machine: it has to be told so, not to try.
         if settings.public_url is None and settings.compute == "local":
             told["PGSCRIBE_PUBLIC_URL"] = self.url
@@ -126,6 +128,7 @@ class Embedded:
         with self._listener, ExitStack() as stack:
             self._home.mkdir(parents=True, exist_ok=True)
             self._start_postgres(stack)
+            self._file.unlink(missing_ok=True)  # of one that was killed
             self._migrate()
             with psycopg.connect(self.postgres.url()) as conn:
                 conn.execute(DEV["create_user"], {"id": USER_ID, "email": USER_EMAIL})
@@ -180,13 +183,15 @@ class Embedded:
     @contextlib.contextmanager
     def _environment_file(self) -> Iterator[None]:
         """Let other ``pgscribe`` commands in this folder find the running environment."""
-        path = self._home / "dev.env"
         values = self._environment() | {"PGSCRIBE_URL": self.url, "PGSCRIBE_TOKEN": self.token}
-        _write_secret(path, "".join(f"{name}='{value}'\n" for name, value in values.items()))
+        # Else another worker here would refuse what this one's delivers.
+        if networks := self._worker_environment.get(NETWORKS):
+            values |= {NETWORKS: networks}
+        _write_secret(self._file, "".join(f"{name}='{value}'\n" for name, value in values.items()))
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            self._file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _child(

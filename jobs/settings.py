@@ -209,7 +209,8 @@ class Settings(TokenSettings, CallSettings):
     """What a web server or a worker needs. Secrets stay out of its text representation."""
 
     database_url: SecretStr = Field(
-        description="Direct or session-pooler URL of the database, as `postgres`."
+        description="Direct or session-pooler URL of the database, as `postgres`; `pgscribe dev` "
+        "provides it to commands in its folder while it runs."
     )
     database_pool_size: PositiveInt = Field(10, description="Connections per process, at most.")
 

@@ -43,7 +43,8 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice([scope.value for scope in Scope]),
-    help="What for; may be given several times [default: everything but operate].",
+    help="What for; may be given several times "
+    f"[default: all but {' and '.join(sorted(frozenset(Scope) - USUAL_SCOPES))}].",
 )
 @click.option("--expires", callback=_lifetime, help="Hours or days, such as 90d [default: never].")
 @click.option(

@@ -237,7 +237,7 @@ def limit(
       pgscribe limit 00000000-0000-4000-8000-000000000001 --reset
     """
     if everybody == (owner is not None):
-        raise click.UsageError("Name an owner, or give --default.")
+        raise click.UsageError("Give either an owner or --default.")
     if everybody and values["weight"] is not None:
         raise click.UsageError("--weight is an owner's: others have 1.")
     given = any(value is not None for value in values.values())

@@ -103,10 +103,14 @@ async def check_webhooks(context: Context) -> Finding:
                 "failed` says why; then `pgscribe webhooks enable` and `replay`.",
             )
         )
-    return together(
-        problems,
-        ok(f"{webhooks['endpoints']} endpoints, {_count(webhooks['ready'])} deliveries wait"),
-    )
+    again = ""
+    if webhooks["again"]:
+        again = (
+            f"; {_count(webhooks['again'])} did not arrive and are tried again later: "
+            "`pgscribe webhooks deliveries --status queued`"
+        )
+    seen = f"{webhooks['endpoints']} endpoints, {_count(webhooks['ready'])} deliveries wait"
+    return together(problems, ok(seen + again))
 
 
 async def check_web(context: Context) -> Finding:

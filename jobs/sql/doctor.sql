@@ -91,5 +91,7 @@ select (select count(*) from (
           select from public.webhook_deliveries d where d.status = 'queued' and coalesce(d.due_at <= now(), true) limit 10001) q) as ready,
        (select extract(epoch from now() - min(greatest(d.created_at, d.due_at)))::float8 from public.webhook_deliveries d
          where d.status = 'queued' and coalesce(d.due_at <= now(), true)) as oldest,
+       (select count(*) from (
+          select from public.webhook_deliveries d where d.status = 'queued' and d.due_at > now() limit 10001) q) as again,
        (select count(*) from public.webhook_endpoints e where e.disabled_reason in ('gone', 'failing')) as disabled,
        (select count(*) from public.webhook_endpoints e) as endpoints

@@ -722,6 +722,12 @@ def test_at_three_in_the_morning_it_says_why_nothing_goes_on(
         mend = problem(report, "queue", "paused: transcription since 20", "warn")
         assert mend == "pgscribe resume --queue transcription"
         assert report["webhooks"]["seen"] == "1 endpoints, 1 deliveries wait"
+        work.execute("update webhook_deliveries set due_at = now() + interval '1 hour'")
+        assert doctor(*only)["webhooks"]["seen"] == (
+            "1 endpoints, 0 deliveries wait; 1 did not arrive and are tried again later: "
+            "`pgscribe webhooks deliveries --status queued`"
+        )
+        work.execute("update webhook_deliveries set due_at = null")
         conn.execute("select resume_queue()")
         conn.execute("insert into procrastinate.procrastinate_workers default values")
         age(conn)

@@ -332,7 +332,7 @@ def test_second_process_is_told_who_holds_the_root(server: EmbeddedPostgres) -> 
     with parent_process(server.root) as second:
         _, report = second.communicate(timeout=20)
     assert second.returncode == 1
-    assert f"{server.root} is in use by process {os.getpid()}\n" in report
+    assert f"{server.root} is in use by process {os.getpid()}: stop that first" in report
     with pytest.raises(EmbeddedPostgresError, match=f"in use by process {os.getpid()}"):
         EmbeddedPostgres(server.root).start()
     psycopg.connect(server.url()).close()

@@ -17,7 +17,8 @@ import pytest
 from dotenv import dotenv_values
 
 from db.embedded import EmbeddedPostgres
-from jobs.dev import USER_ID, listen
+from jobs.dev import LOOPBACK, USER_ID, listen
+from jobs.settings import Settings
 from tests.receiver import receiving
 from tests.streams import until
 
@@ -157,7 +158,7 @@ def webhooks(folder: Path, *arguments: str) -> str:
 
 @pytest.mark.usefixtures("dev")
 def test_dev_lets_webhooks_reach_this_machine_and_lead_back_to_it(
-    folder: Path, printed: dict[str, str]
+    folder: Path, printed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with receiving() as receiver:
         url = f"http://localhost:{receiver.port}/hook"
@@ -171,6 +172,8 @@ def test_dev_lets_webhooks_reach_this_machine_and_lead_back_to_it(
     token = {"Authorization": f"Bearer {printed['token']}"}
     job = httpx2.get(told.verified(secret)["data"]["url"], headers=token).json()
     assert (job["status"], job["error_code"]) == ("failed", "invalid_audio")
+    monkeypatch.chdir(folder)  # as for another worker there
+    assert ",".join(map(str, Settings.load().webhook_networks)) == LOOPBACK
 
 
 @pytest.fixture
@@ -179,19 +182,25 @@ def _said_otherwise(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("_said_otherwise", "dev")
-def test_dev_leaves_alone_where_webhooks_may_go_if_somebody_has_said(folder: Path) -> None:
+def test_dev_leaves_alone_where_webhooks_may_go_if_somebody_has_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with receiving() as receiver:
         webhooks(folder, "create", receiver.url, "--user", str(USER_ID))
         delivery = webhooks(folder, "test", webhooks(folder, "endpoints").split()[0])
         until(lambda: webhooks(folder, "deliveries", "--status", "failed"), "it has failed")
     assert json.loads(webhooks(folder, "show", delivery))["error_code"] == "url_refused"
     assert receiver.requests == []
+    monkeypatch.chdir(folder)
+    assert [*map(str, Settings.load().webhook_networks)] == ["10.0.0.0/8"]
 
 
 def test_nothing_outlives_a_killed_dev_and_the_next_one_starts(
     dev: subprocess.Popen[str], folder: Path
 ) -> None:
     assert len(processes_in(folder)) >= 3
+    told = folder / ".pgscribe" / "dev.env"
+    names = [*dotenv_values(told)]
     dev.kill()
     dev.wait()
     assert wait_until_none_is_left(folder) == set()
@@ -200,6 +209,7 @@ def test_nothing_outlives_a_killed_dev_and_the_next_one_starts(
     ) as again:
         assert again.stdout is not None
         assert any("is up" in line for line in again.stdout)
+        assert [*dotenv_values(told)] == names  # what the first one had set, nobody has said
         again.terminate()
 
 
