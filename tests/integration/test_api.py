@@ -122,8 +122,8 @@ def test_list_refuses_unknown_filters(
         ({"filePath": 7}, "filePath"),
         ({"filePath": "a/b", "option": {}}, "option"),
         ({"filePath": "a/b", "options": []}, "options"),
-        ({"filePath": "{user}/../b"}, "file_path"),
-        ({"filePath": "https://example.org/a.mp3"}, "file_path"),
+        ({"filePath": "{user}/../b"}, "filePath"),
+        ({"filePath": "https://example.org/a.mp3"}, "filePath"),
         ({"filePath": "{user}/b", "options": {"modle": "base"}}, "options.modle"),
         ({"filePath": "{user}/b", "options": {"temperature": 7}}, "options.temperature"),
         (
@@ -194,7 +194,7 @@ def test_others_audio_and_jobs_are_out_of_reach(
 ) -> None:
     body = {"filePath": f"{uuid4()}/secret.mp3"}
     response = api.post("/process", json=body, headers=headers)
-    assert_problem(response, 403, "not_allowed", "your own folder")
+    assert_problem(response, 403, "not_allowed", "filePath: must lie in your own folder")
 
     stranger = uuid4()
     conn.execute("insert into auth.users (id) values (%s)", (stranger,))

@@ -56,12 +56,12 @@ def test_a_batch_is_queued_in_order(
     ("job", "field"),
     [
         ({}, "jobs[1].filePath"),
-        ({"filePath": "{user}/../a"}, "jobs[1].file_path"),
+        ({"filePath": "{user}/../a"}, "jobs[1].filePath"),
         ({"filePath": "{user}/a", "options": {"model": 7}}, "jobs[1].options.model"),
         ({"filePath": "{user}/a", "priority": 101}, "jobs[1].priority"),
-        ({"audioUrl": "http://u:p@example.org/"}, "jobs[1].audio_url"),
-        ({"audioUrl": "ftp://example.org/a.mp3"}, "jobs[1].audio_url"),
-        ({"filePath": "{user}/a", "webhookUrl": "javascript:1"}, "jobs[1].webhook_url"),
+        ({"audioUrl": "http://u:p@example.org/"}, "jobs[1].audioUrl"),
+        ({"audioUrl": "ftp://example.org/a.mp3"}, "jobs[1].audioUrl"),
+        ({"filePath": "{user}/a", "webhookUrl": "javascript:1"}, "jobs[1].webhookUrl"),
     ],
 )
 def test_a_batch_is_queued_whole_or_not_at_all(
@@ -73,6 +73,7 @@ def test_a_batch_is_queued_whole_or_not_at_all(
     response = api.post("/process/batch", json={"jobs": jobs}, headers=headers)
     assert response.status_code == 422, response.text
     assert response.json()["field"] == field
+    assert response.json()["detail"].startswith(f"{field}: ")
     assert count(conn) == 0
 
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from jobs import logs, models, service
 from jobs.database import as_user
-from jobs.errors import InvalidInput
+from jobs.errors import InvalidInput, NotAllowed
 from jobs.models import JobStatus, JobSummary, ProcessingJob
 from jobs.outbound import check_url
 from modal_functions.transcript import INITIAL_PROMPT_MAX, MODEL_NAME, MODEL_NAME_MAX, TASKS
@@ -99,6 +99,10 @@ class NewJob(BaseModel):
     priority: int = Field(
         0, ge=-100, le=100, description="Which of your own jobs goes first: higher first."
     )
+
+
+_ALIASES = {name: field.alias for name, field in NewJob.model_fields.items() if field.alias}
+_COLUMN = re.compile(rf"\A((?:jobs\[\d+\]\.)?)({'|'.join(_ALIASES)})\b")
 
 
 class ProcessRequest(NewJob):
@@ -184,11 +188,12 @@ async def process(
     With an `Idempotency-Key` that was sent before, the answer names the job of that time; 409 while
     the first request is being worked on, 422 where the body differs.
     """
-    job = _new_job(body, user, headers.key)
-    async with as_user(request.app.state.pool, user.claims) as conn:
-        job_id = await service.submit(
-            conn, **{part.name: getattr(job, part.name) for part in fields(job)}
-        )
+    with _as_sent():
+        job = _new_job(body, user, headers.key)
+        async with as_user(request.app.state.pool, user.claims) as conn:
+            job_id = await service.submit(
+                conn, **{part.name: getattr(job, part.name) for part in fields(job)}
+            )
     logs.bind(job_id=job_id)
     content = Accepted.of(job_id).model_dump(mode="json", by_alias=True)
     return JSONResponse(content, ACCEPTED, {"Location": f"/jobs/{job_id}"})
@@ -205,13 +210,30 @@ async def process(
 async def process_batch(request: Request, user: Principal, body: BatchRequest) -> Response:
     """Transcribe up to 100 recordings: all are queued, or none."""
     jobs = []
-    for index, job in enumerate(body.jobs):
-        with _within(f"jobs[{index}]."):
-            jobs.append(_new_job(job, user, job.idempotency_key))
-    async with as_user(request.app.state.pool, user.claims) as conn:
-        job_ids = await service.submit_many(conn, jobs)
+    with _as_sent():
+        for index, job in enumerate(body.jobs):
+            with _within(f"jobs[{index}]."):
+                jobs.append(_new_job(job, user, job.idempotency_key))
+        async with as_user(request.app.state.pool, user.claims) as conn:
+            job_ids = await service.submit_many(conn, jobs)
     answer = AcceptedBatch(jobs=[Accepted.of(job_id) for job_id in job_ids])
     return JSONResponse(answer.model_dump(mode="json", by_alias=True), ACCEPTED)
+
+
+@contextmanager
+def _as_sent() -> Iterator[None]:
+    """Name what is refused as the request does; the database knows columns."""
+    try:
+        yield
+    except (InvalidInput, NotAllowed) as exc:
+        exc.args = (_sent_as(str(exc)),)
+        if isinstance(exc, InvalidInput) and exc.field is not None:
+            exc.field = _sent_as(exc.field)
+        raise
+
+
+def _sent_as(text: str) -> str:
+    return _COLUMN.sub(lambda found: f"{found[1]}{_ALIASES[found[2]]}", text, count=1)
 
 
 @contextmanager
