@@ -73,6 +73,14 @@ async def check_queue(context: Context) -> Finding:
                 "an owner who is paused or at max_running; docs/runbook.md says where to look.",
             )
         )
+    if queue["stranded"]:
+        problems.append(
+            fail(
+                f"{_count(queue['stranded'])} jobs have no queue job and never start, as a trigger "
+                "was disabled while they were inserted",
+                "Delete them, or have them inserted again; docs/runbook.md finds them.",
+            )
+        )
     owners = f"; {queue['paused_owners']} owners are paused" if queue["paused_owners"] else ""
     waits = "nothing waits"
     if queue["waiting"]:

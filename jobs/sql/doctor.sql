@@ -62,7 +62,7 @@ select pg_notify(%(channel)s, '')
 
 -- queue --
 with late as (
-  select p.id, p.created_at, greatest(p.created_at, p.scheduled_at, p.due_at, p.retry_requested_at) as since
+  select p.id, p.job_id, p.created_at, greatest(p.created_at, p.scheduled_at, p.due_at, p.retry_requested_at) as since
     from public.processing_jobs p
    where p.status = 'queued' and coalesce(p.due_at <= now(), true) and coalesce(p.scheduled_at <= now(), true)
    order by p.created_at limit 10001)
@@ -70,6 +70,7 @@ select (select count(*) from procrastinate.procrastinate_workers w
          where w.last_heartbeat > now() - make_interval(secs => %(stall_timeout)s)) as alive,
        (select extract(epoch from now() - max(w.last_heartbeat))::float8 from procrastinate.procrastinate_workers w) as last_seen,
        (select count(*) from late) as waiting,
+       (select count(*) from late where late.job_id is null) as stranded,
        (select extract(epoch from now() - min(late.since))::float8 from late) as oldest,
        (select count(*) from procrastinate.procrastinate_jobs q
          where q.status = 'doing' and q.queue_name = 'transcription'

@@ -742,6 +742,15 @@ def test_at_three_in_the_morning_it_says_why_nothing_goes_on(
         "update procrastinate.procrastinate_workers set last_heartbeat = now() - interval '1 hour'"
     )
     problem(doctor(*only), "workers", "the last one 60 minutes ago")
+    with conn.transaction():
+        conn.execute("alter table processing_jobs disable trigger user")
+        conn.execute(
+            "insert into processing_jobs (user_id, file_path) values (%s, %s)",
+            (user, f"{user}/a.mp3"),
+        )
+        conn.execute("alter table processing_jobs enable trigger user")
+    mend = problem(doctor(*only), "queue", "1 jobs have no queue job and never start")
+    assert "inserted again" in mend
 
 
 def age(conn: psycopg.Connection) -> None:
