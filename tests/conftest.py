@@ -26,6 +26,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs.database import connect
 from jobs.queue import Queue
 from jobs.settings import Settings
+from tests import ports
 
 REPO = Path(__file__).parent.parent
 TEMPLATE = "pgscribe_template"
@@ -140,8 +141,9 @@ def migrated_postgres(elsewhere: Path, **settings: str) -> Iterator[EmbeddedPost
     Cloning the template takes a thousand files, which is ten times as fast there as on some disks.
     """
     settings = {"max_wal_size": "256MB"} | settings
-    with _folder_in_memory() as memory:
-        server = EmbeddedPostgres(memory or elsewhere, settings=settings)
+    # Tests stop it and start it again, and know it by its URL.
+    with _folder_in_memory() as memory, ports.reserved() as port:
+        server = EmbeddedPostgres(memory or elsewhere, port=port, settings=settings)
         with server:
             server.create_database(TEMPLATE)
             server.bootstrap(TEMPLATE)
