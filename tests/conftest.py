@@ -16,6 +16,7 @@ from typing import IO
 from uuid import UUID, uuid4
 
 import ffmpeg
+import hypothesis
 import imageio_ffmpeg
 import psycopg
 import pytest
@@ -41,6 +42,8 @@ SEATS = sorted(Path(__file__).parent.glob("*.py"))[
 if PARALLEL:
     # Engines' threads that spin while they wait would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The same examples each time, however slow the machine is: --hypothesis-profile=default has others.
+hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
