@@ -14,7 +14,7 @@ T = TypeVar("T")
 NOTIFICATION = ord("A")
 READY = b"Z\0\0\0\5I"  # the server waits for a statement
 PLAIN = "?sslmode=disable&gssencmode=disable"  # the proxy reads along
-CONTROL_TIMEOUT = 10.0  # seconds
+CONTROL_TIMEOUT = 60.0  # seconds
 
 
 class _WithoutNotifications:
