@@ -47,7 +47,7 @@ def command(
         process.terminate()
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        process.wait(60)
 
 
 def engine_processes() -> set[int]:

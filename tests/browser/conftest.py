@@ -193,7 +193,7 @@ def running_worker(site: Site, **environment: str) -> Iterator[subprocess.Popen[
         yield worker
     finally:
         worker.terminate()
-        worker.wait(30)
+        worker.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -276,7 +276,7 @@ async def test_sigterm_lets_a_job_finish(
     await jobs.wait(job_id, "status = 'processing'")
     process.terminate()
     assert (await jobs.end(job_id))["status"] == "completed"
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 async def test_sigterm_gives_a_long_job_back(
@@ -289,7 +289,7 @@ async def test_sigterm_gives_a_long_job_back(
     process.terminate()
     row = await jobs.wait(job_id, "status = 'queued'")
     assert (row["attempt"], row["error"]) == (1, None)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     worker_process()
     assert (await jobs.end(job_id))["attempt"] == 2
 
