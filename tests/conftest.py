@@ -16,6 +16,7 @@ from typing import IO
 from uuid import UUID, uuid4
 
 import ffmpeg
+import hypothesis
 import imageio_ffmpeg
 import psycopg
 import pytest
@@ -26,6 +27,7 @@ from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs.database import connect
 from jobs.queue import Queue
 from jobs.settings import Settings
+from tests import ports
 
 REPO = Path(__file__).parent.parent
 TEMPLATE = "pgscribe_template"
@@ -40,6 +42,8 @@ SEATS = sorted(Path(__file__).parent.glob("*.py"))[
 if PARALLEL:
     # Engines' threads that spin while they wait would take the cores from the other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The same examples each time, however slow the machine is: --hypothesis-profile=default has others.
+hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -140,8 +144,9 @@ def migrated_postgres(elsewhere: Path, **settings: str) -> Iterator[EmbeddedPost
     Cloning the template takes a thousand files, which is ten times as fast there as on some disks.
     """
     settings = {"max_wal_size": "256MB"} | settings
-    with _folder_in_memory() as memory:
-        server = EmbeddedPostgres(memory or elsewhere, settings=settings)
+    # Tests stop it and start it again, and know it by its URL.
+    with _folder_in_memory() as memory, ports.reserved() as port:
+        server = EmbeddedPostgres(memory or elsewhere, port=port, settings=settings)
         with server:
             server.create_database(TEMPLATE)
             server.bootstrap(TEMPLATE)

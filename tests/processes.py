@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -47,7 +47,19 @@ def command(
         process.terminate()
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        process.wait(60)
+
+
+def engine_processes() -> set[int]:
+    """Return the process ids of this process's children that serve calls to engines."""
+    found = set()
+    for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with suppress(OSError):  # threads and processes end while they are looked at
+            for pid in children.read_text().split():
+                with suppress(OSError):
+                    if "jobs.compute.engine_process" in Path(f"/proc/{pid}/cmdline").read_text():
+                        found.add(int(pid))
+    return found
 
 
 def wait_for_web(url: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
-PATIENCE = 20.0  # seconds
+PATIENCE = 60.0  # seconds for what takes a few on an idle machine
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from web.auth import issue_token
 from web.events import EventHub
 from web.server import Server
 
-PATIENCE = 20.0  # seconds
+PATIENCE = 60.0  # seconds for what takes a few on an idle machine
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Site:
         self._settings = settings
         app = create_app(settings)
         self.hub: EventHub = app.state.events
-        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=15)
         self._server = Server(config, on_stop=self.hub.end_streams)
         self._thread = threading.Thread(target=self._server.run)
         self.port = 0

@@ -107,12 +107,6 @@ class Site:
         page.on("console", _note_errors)
         return page
 
-    def close_pages(self) -> None:
-        """Close all pages: what they go on to ask is of no interest."""
-        for context in self.contexts:
-            for page in context.pages:
-                page.close()
-
 
 #: What pages have complained of since the test began: errors, and what their policy has refused.
 complaints: list[str] = []
@@ -124,11 +118,18 @@ def _note_errors(said: ConsoleMessage) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_complaints() -> Iterator[None]:
-    """Fail a test during which a page has complained of what the test does not expect."""
+def _no_complaints(browser: Browser) -> Iterator[None]:
+    """Fail a test during which a page has complained of what the test does not expect.
+
+    Its pages go with it: what they would go on to ask, or complain of, is of no interest, and not
+    the next test's fault.
+    """
     complaints.clear()
     yield
-    assert not complaints
+    found = list(complaints)
+    for context in browser.contexts:
+        context.close()
+    assert not found
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def running_worker(site: Site, **environment: str) -> Iterator[subprocess.Popen[
         yield worker
     finally:
         worker.terminate()
-        worker.wait(30)
+        worker.wait(60)
 
 
 @pytest.fixture(scope="module")

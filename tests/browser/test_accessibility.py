@@ -1,6 +1,6 @@
 """Every page by axe-core's rules, by keyboard alone, enlarged, without motion, without colours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -63,12 +63,6 @@ def jobs(site: Site, seed: Seed, ann: tuple[UUID, str]) -> dict[str, UUID]:
         (made["completed"], made["completed"]),
     )
     return made
-
-
-@pytest.fixture(autouse=True)
-def _closing(site: Site) -> Iterator[None]:
-    yield
-    site.close_pages()
 
 
 def as_ann(site: Site, ann: tuple[UUID, str], **options: Any) -> Page:

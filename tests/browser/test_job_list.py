@@ -2,10 +2,10 @@
 
 import json
 import re
-import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -13,6 +13,7 @@ from playwright.sync_api import FilePayload, Locator, Page, Request, Route, expe
 from psycopg.types.json import Jsonb
 
 from jobs.sql import ATTEMPTS
+from tests import ports
 from tests.browser.conftest import Site, complaints, sign_in
 from tests.live import serve
 from tests.streams import Work, until
@@ -196,12 +197,11 @@ def test_the_time_left_is_by_what_this_attempt_has_done(page: Page) -> None:
 @contextmanager
 def restartable(site: Site) -> Iterator[tuple[Site, int]]:
     """Yield a place for a server that comes and goes on the same port."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        port = listener.getsockname()[1]
-    moved = replace(site, url=f"http://127.0.0.1:{port}", contexts=[])
-    yield moved, port
-    for context in moved.contexts:
-        context.close()
+    with ports.reserved() as port:
+        moved = replace(site, url=f"http://127.0.0.1:{port}", contexts=[])
+        yield moved, port
+        for context in moved.contexts:
+            context.close()
 
 
 def test_when_the_server_comes_back_the_list_is_as_it_is_then_and_the_focus_stays(
@@ -245,6 +245,7 @@ def test_a_tab_that_nobody_looks_at_lets_go_of_the_stream(
     page.clock.install()
     sign_in(page, user[1])
     expect(page.locator("#live")).to_have_class(LIVE)
+    page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))  # only what is run passes
     hide = """hidden => {
         Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true });
         document.dispatchEvent(new Event("visibilitychange"));
@@ -254,6 +255,7 @@ def test_a_tab_that_nobody_looks_at_lets_go_of_the_stream(
     expect(page.locator("#live")).to_have_class(LIVE)
     page.clock.run_for(2_000)
     expect(page.locator("#live")).not_to_have_class(LIVE)
+    page.clock.resume()
     work.insert(user[0], "meanwhile.mp3")
     page.evaluate(hide, False)  # noqa: FBT003
     expect(page.locator("#live")).to_have_class(LIVE)
@@ -395,6 +397,7 @@ def test_who_undoes_deletes_nothing(page: Page, work: Work, user: User) -> None:
     page.get_by_role("searchbox").fill("lighthouse")
     expect(page.locator(".hits")).to_have_count(1)
     delete(page, "story.mp3")
+    undo.hover()  # so that it stays
     expect(page.get_by_text("No transcript has “lighthouse”.")).to_be_visible()
     page.get_by_role("searchbox").fill("lighthouse stood")
     expect(page.locator("#news")).to_have_text("Nothing found")
@@ -459,6 +462,7 @@ def test_what_others_have_deleted_does_not_come_back(page: Page, work: Work, use
     job = ended(work, user[0], "talk.mp3")
     ended(work, user[0], "other.mp3")
     delete(page, "talk.mp3")
+    page.get_by_role("button", name="Undo").hover()  # so that it stays
     expect(row(page, "talk.mp3")).to_have_count(0)
     work.delete(job)
     deleted = ended(work, user[0], "after.mp3")

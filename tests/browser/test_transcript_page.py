@@ -1,7 +1,6 @@
 """The transcript page's finer points, on transcripts of all kinds."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -10,12 +9,6 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Site, sign_in
 from tests.browser.seed import Seed, segment
-
-
-@pytest.fixture(autouse=True)
-def _closing(site: Site) -> Iterator[None]:
-    yield
-    site.close_pages()
 
 
 def show(page: Page, job: UUID, query: str = "") -> None:

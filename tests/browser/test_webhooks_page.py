@@ -12,12 +12,6 @@ from tests.browser.test_operating import answer_dialog
 from tests.receiver import Answer, Receiver, receiving
 
 
-@pytest.fixture(autouse=True)
-def _closing(site: Site) -> Iterator[None]:
-    yield
-    site.close_pages()
-
-
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
     with receiving() as receiver:

@@ -330,8 +330,8 @@ class Fleet:
         """Return the starts and ends of executions, in order."""
         if not self._ledger.exists():
             return []
-        lines = self._ledger.read_text().splitlines()
-        fields = [line.split() for line in lines]
+        whole, _, _ = self._ledger.read_text().rpartition("\n")  # what follows is being written
+        fields = [line.split() for line in whole.splitlines()]
         return [
             Execution(event, UUID(job_id), int(attempt), int(pid), float(at))
             for event, job_id, attempt, pid, at in fields

@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import Any, Self, TypeVar
+
+from tests import ports
 
 T = TypeVar("T")
 
 NOTIFICATION = ord("A")
 READY = b"Z\0\0\0\5I"  # the server waits for a statement
 PLAIN = "?sslmode=disable&gssencmode=disable"  # the proxy reads along
-CONTROL_TIMEOUT = 10.0  # seconds
+CONTROL_TIMEOUT = 60.0  # seconds
 
 
 class _WithoutNotifications:
@@ -100,10 +103,12 @@ class Proxy:
         self.swallowing = False
         self._pairs: dict[_Pair, asyncio.Task[Any]] = {}
         self._server: asyncio.Server | None = None
+        self._place = ExitStack()  # where it listens is kept while it refuses
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
+        self.port = self._place.enter_context(ports.reserved(port=self.port))
         self._thread.start()
         self._do(self._open())
         return self
@@ -113,6 +118,7 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CONTROL_TIMEOUT)
         self._loop.close()
+        self._place.close()
 
     def url(self, url: str) -> str:
         """Return a database's URL with the proxy in between."""
@@ -148,7 +154,6 @@ class Proxy:
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pair = _Pair(self, writer)

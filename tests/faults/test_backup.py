@@ -18,9 +18,10 @@ from db.embedded import EmbeddedPostgres
 from jobs.models import Segment, Transcript
 from tests.conftest import REPO
 from tests.doc_blocks import runs
-from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs
+from tests.faults.fleet import SHORT_STALL_TIMEOUT, Database, Fleet, Jobs, until
 
 BLOCKS = {block.how[1]: block.code for block in runs("backup")}
+CALLED = "select call_id from processing_job_chunks where job_id = %s and call_id is not null"
 SAID = "What was said before the backup."
 CHUNK = Transcript(SAID, "en", 1.0, (Segment(0.0, 1.0, SAID, 0.0, 0.0, 1.0),), "fault", "base")
 OURS = """
@@ -73,6 +74,7 @@ def test_a_restored_database_is_the_same_and_its_jobs_are_finished(
     db.rows("insert into webhook_endpoints (user_id, url) values (%s, 'https://example.org')", user)
     running = jobs.insert_one(user, "long_once-600")
     worker.says("start", 3)
+    until(lambda: db.rows(CALLED, running), "its chunk is being transcribed")
     queued, scheduled = jobs.insert_one(user, "sleep"), jobs.insert_one(user, "sleep", delay=3600)
     cancelled = jobs.insert_one(user, "sleep")
     db.rows("select cancel_processing_job(%s)", cancelled)

@@ -90,7 +90,7 @@ def test_a_worker_listens_again_when_its_connection_ended(
 ) -> None:
     worker = fleet.start_ready()
     for times in range(2, 5):
-        assert db.value(BACKENDS, "pgscribe worker") == 1
+        assert db.value(BACKENDS, "pgscribe worker") > 0
         worker.says("listening", times)
     assert_woken(jobs, fleet, user)
     settled()
@@ -127,12 +127,12 @@ def test_what_ends_while_the_database_takes_no_writes_is_told_later(
 ) -> None:
     """As during a failover, or with a full disk."""
     worker = fleet.start_ready(concurrency=2)
-    job_ids = jobs.insert(user, "sleep-1", 2)
+    job_ids = jobs.insert(user, "sleep-2", 2)
     worker.says("start", 2)
     name = db.value("select current_database()")
     db.rows(f"alter database {name} set default_transaction_read_only = on")
     assert db.value(BACKENDS, "pgscribe %") > 0
-    time.sleep(2)  # by now both are transcribed
+    time.sleep(3)  # by now both are transcribed
     assert (jobs.count("status = 'processing'"), worker.said("end")) == (2, 0)
     db.rows(f"alter database {name} reset default_transaction_read_only")
     db.value(BACKENDS, "pgscribe %")

@@ -13,9 +13,10 @@ from uuid import UUID
 
 import httpx2
 import psycopg
+import pytest
 
-from jobs.dev import free_port
 from jobs.settings import Settings
+from tests import ports
 from tests.faults.fleet import Fleet, Jobs, until
 from tests.faults.invariants import ALWAYS, violations
 from web.auth import issue_token
@@ -48,15 +49,22 @@ def web_server(settings: Settings, port: int, folder: Path) -> Iterator[subproce
             process.kill()
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    with ports.reserved() as port:
+        yield port
+
+
 def test_a_killed_web_server_leaves_whole_jobs_or_none(
     settings: Settings,
+    port: int,
     fleet: Fleet,
     jobs: Jobs,
     user: UUID,
     tmp_path: Path,
     settled: Callable[[], None],
 ) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{port}"
     headers = {"Authorization": f"Bearer {issue_token(settings, user, lifetime=600)}"}
     accepted: list[UUID] = []
     over = threading.Event()
@@ -79,7 +87,7 @@ def test_a_killed_web_server_leaves_whole_jobs_or_none(
         try:
             for _ in range(ROUNDS):
                 before = len(accepted)
-                with web_server(settings, int(url.rpartition(":")[2]), tmp_path) as process:
+                with web_server(settings, port, tmp_path) as process:
                     until(lambda: len(accepted) > before + 50, "jobs are accepted")  # noqa: B023
                     process.kill()
         finally:

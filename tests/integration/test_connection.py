@@ -19,7 +19,7 @@ TERMINATE = (
     "select count(pg_terminate_backend(pid)) from pg_stat_activity"
     " where application_name = 'pgscribe test' and datname = current_database()"
 )
-PATIENCE = 10.0  # seconds
+PATIENCE = 60.0  # seconds for what takes a few on an idle machine
 
 
 @dataclass
@@ -107,7 +107,8 @@ async def test_the_end_of_the_connection_is_noticed_at_once_and_the_next_call_op
     async with asyncio.timeout(PATIENCE):
         for times in (1, 2, 3):
             heard.lost.clear()
-            assert conn.execute(TERMINATE).fetchone() == (1,)
+            terminated = conn.execute(TERMINATE).fetchone()
+            assert terminated in {(1,), (2,)}, "the one before may be about to end"
             await heard.lost.wait()
             assert heard.connects == times
             worker_id = await register(listening)

@@ -38,7 +38,7 @@ from jobs.doctor.examination import examine
 from jobs.doctor.network import is_near
 from jobs.settings import ServerAddress, Settings
 from jobs.sql import DOCTOR
-from tests import jwks_server
+from tests import jwks_server, ports
 from tests.faults.proxy import Proxy
 from tests.streams import Work, until
 from tests.supabase_storage.server import Bucket, StandIn, serving
@@ -85,10 +85,11 @@ def with_parts(url: str, **parts: str | int) -> str:
     return psycopg.conninfo.make_conninfo(url, **parts)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port where nothing listens."""
+    with ports.reserved() as port:
+        yield port
 
 
 # The command --------------------------------------------------------------------------------------
@@ -244,7 +245,9 @@ def test_every_setting_is_known() -> None:
 # Database -----------------------------------------------------------------------------------------
 
 
-def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database: str) -> None:
+def test_what_keeps_us_from_the_database_is_told_apart(
+    doctor: Doctor, database: str, port: int
+) -> None:
     def seen(url: str) -> tuple[str, str]:
         report = doctor("--only", "database,queue", DATABASE_URL=url)
         assert report["queue"]["status"] == "skipped"
@@ -256,7 +259,7 @@ def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database:
     assert "refuses user or password" in refused
     assert "not-it" not in refused
     assert "not this database" in seen(with_parts(database, dbname="nowhere"))[0]
-    closed, mend = seen(with_parts(database, port=free_port()))
+    closed, mend = seen(with_parts(database, port=port))
     assert "nothing listens at 127.0.0.1" in closed
     assert "right host and port" in mend
     assert "name db.nowhere.invalid is not found" in seen(
@@ -273,8 +276,8 @@ def test_what_keeps_us_from_the_database_is_told_apart(doctor: Doctor, database:
     problem(report, "settings", "write those of the password as %40")
     assert "ter2" not in str(report)
     assert "no encrypted connection" in seen(with_parts(database, sslmode="require"))[0]
-    with agreeing_to_tls() as port:
-        url = with_parts(database, port=port, sslmode="verify-full", sslrootcert="/nowhere")
+    with agreeing_to_tls() as tls:
+        url = with_parts(database, port=tls, sslmode="verify-full", sslrootcert="/nowhere")
         assert "sslrootcert" in seen(url)[1]
 
 
@@ -488,9 +491,11 @@ def pgbouncer(database: str) -> Iterator[str]:
     """Run a real PgBouncer in transaction mode; yield the URL through it."""
     assert PGBOUNCER is not None
     parts = psycopg.conninfo.conninfo_to_dict(database)
-    port = free_port()
     account: dict[str, Any] = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    with tempfile.TemporaryDirectory() as folder:  # that `nobody` can read: not below tmp_path
+    with (
+        tempfile.TemporaryDirectory() as folder,  # that `nobody` can read: not below tmp_path
+        ports.reserved() as port,
+    ):
         config = Path(folder, "pgbouncer.ini")
         config.write_text(
             f"[databases]\n* = host=127.0.0.1 port={parts['port']} user={parts['user']}"
@@ -670,8 +675,8 @@ def test_folders_that_are_no_folders_and_disks_that_are_too_small_are_named(
     problem(report, "scratch", "are advised", "warn")
 
 
-def test_a_public_url_that_leads_nowhere_is_named(doctor: Doctor) -> None:
-    report = doctor("--only", "storage", PUBLIC_URL=f"http://127.0.0.1:{free_port()}")
+def test_a_public_url_that_leads_nowhere_is_named(doctor: Doctor, port: int) -> None:
+    report = doctor("--only", "storage", PUBLIC_URL=f"http://127.0.0.1:{port}")
     assert "PGSCRIBE_PUBLIC_URL" in problem(report, "storage", "does not answer", "warn")
 
 
@@ -767,11 +772,11 @@ def age(conn: psycopg.Connection) -> None:
 
 
 def test_a_web_server_that_is_not_there_is_named(
-    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+    doctor: Doctor, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = ("--only", "web")
-    problem(doctor(*only, URL=f"http://127.0.0.1:{free_port()}"), "web", "does not answer")
-    found = doctor(*only, URL=f"http://somebody:hunter2@127.0.0.1:{free_port()}")["web"]
+    problem(doctor(*only, URL=f"http://127.0.0.1:{port}"), "web", "does not answer")
+    found = doctor(*only, URL=f"http://somebody:hunter2@127.0.0.1:{port}")["web"]
     assert found["seen"].startswith("http://***@127.0.0.1:")
     with jwks_server.serve() as server:
         assert doctor(*only, URL=server.url)["web"]["status"] == "ok"
@@ -789,7 +794,7 @@ def test_a_web_server_that_is_not_there_is_named(
             patch.setattr(queue, "ServerAddress", Elsewhere)
             assert "something else answers" in doctor(*only)["web"]["seen"]
         server.status = 200
-        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         assert doctor(*only, URL=server.url)["web"]["status"] == "ok"
 
 

@@ -100,7 +100,7 @@ def kept_row(server: EmbeddedPostgres) -> Any:
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, f"waited too long until {what}"
         time.sleep(0.01)

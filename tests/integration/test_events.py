@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import takewhile
 from uuid import UUID, uuid4
 
 import psycopg
@@ -295,7 +296,7 @@ def test_streams_end_when_the_server_stops(settings: Settings, work: Work, user:
         took = time.monotonic() - before
         for stream in streams:
             stream.expect_end()
-    assert took < 4, "uvicorn waits for 5 s where streams go on"
+    assert took < 14, "uvicorn waits for 15 s where streams go on"
     assert work.execute("select from pgscribe.event_hubs") == []
 
 
@@ -358,7 +359,9 @@ def test_one_statement_that_changes_many_jobs_sends_few_notifications(
     work.insert_many(user, 601)
     work.execute("select pgscribe.unwatch(%s)", (hub,))
     work.start(*ids)
-    payloads = [json.loads(n.payload) for n in conn.notifies(timeout=0.5)]
+    work.execute("notify pgscribe_events, 'the last one'")
+    heard = (notification.payload for notification in conn.notifies(timeout=20))
+    payloads = [json.loads(payload) for payload in takewhile("the last one".__ne__, heard)]
     assert {payload["owner"] for payload in payloads} == {str(user)}
     assert payloads[-1]["jobs"] is None
     assert sorted(len(payload["jobs"]) for payload in payloads[:-1]) == [100, 150, 150]
@@ -376,11 +379,13 @@ def test_a_web_server_that_is_gone_is_forgotten(work: Work, user: UUID) -> None:
 
 
 def terminate(work: Work) -> None:
-    ((count,),) = work.execute(
-        "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+    """Break off the one connection of all streams; the one before may be about to end."""
+    open_ones = (
+        "from pg_stat_activity"
         " where application_name = 'pgscribe events' and datname = current_database()"
     )
-    assert count == 1, "one connection for all streams"
+    until(lambda: work.execute(f"select count(*) {open_ones}") == [(1,)], "one for all streams")
+    work.execute(f"select pg_terminate_backend(pid) {open_ones}")
 
 
 def test_the_end_of_the_connection_loses_nothing(site: Site, work: Work, user: UUID) -> None:
@@ -397,10 +402,11 @@ def test_the_end_of_the_connection_loses_nothing(site: Site, work: Work, user: U
             all_jobs.expect("job", id=str(job), status="processing")
             one.expect("job", status="processing")
         terminate(work)
-        quick = work.insert(user)
-        work.start(quick)
-        work.complete(quick, job)
-        work.delete(doomed)
+        with work.at_once():  # or it may be seen on its way
+            quick = work.insert(user)
+            work.start(quick)
+            work.complete(quick, job)
+            work.delete(doomed)
         seen: list[Event] = [all_jobs.next() or Event("end", {}, None) for _ in range(3)]
         assert {(event.name, event.data["id"]) for event in seen} == {
             ("job", str(job)),

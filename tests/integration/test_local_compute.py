@@ -31,6 +31,7 @@ from jobs.errors import (
 from jobs.settings import Settings
 from modal_functions.plan import Plan, Span
 from modal_functions.transcript import TranscriptionOptions
+from tests.processes import engine_processes
 
 pytestmark = pytest.mark.anyio
 
@@ -82,17 +83,6 @@ def hanging_url() -> Iterator[tuple[str, Event]]:
         yield f"http://127.0.0.1:{server.server_port}/a.wav", asked
         stop.set()
         server.shutdown()
-
-
-def engine_processes() -> set[int]:
-    """Return the process ids of this process's children that serve calls."""
-    lists = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    pids = {int(pid) for path in lists for pid in path.read_text().split()}
-    return {
-        pid
-        for pid in pids
-        if "jobs.compute.engine_process" in Path(f"/proc/{pid}/cmdline").read_text()
-    }
 
 
 def to_prepare(source: Path | str, key: str = "job") -> Prepare:

@@ -16,9 +16,9 @@ from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from db.embedded import EmbeddedPostgres
-from jobs.dev import free_port
 from jobs.errors import SettingsError
 from jobs.settings import Settings
+from tests import ports
 from tests.streams import until
 from web import sign_in
 from web.app import create_app
@@ -106,8 +106,7 @@ def web(settings: Settings, folder: Path, *options: str, **environment: str) -> 
         "PGSCRIBE_JWT_SECRET": settings.require_jwt_secret(),
         "PGSCRIBE_LOCAL_SIGN_IN_PASSWORD": PASSWORD,
     }
-    port = free_port()
-    with subprocess.Popen(
+    with ports.reserved() as port, subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "web", "--port", str(port), *options],
         env=os.environ | own | environment, cwd=folder, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip

@@ -12,10 +12,9 @@ import psycopg
 import pytest
 
 from jobs import keys
-from jobs.dev import free_port
 from jobs.scopes import Scope
 from jobs.settings import Settings
-from tests import processes
+from tests import ports, processes
 from tests.faults.fleet import until
 from tests.receiver import Answer, Receiver, receiving
 from web.auth import issue_token
@@ -102,7 +101,7 @@ def test_no_secret_gets_into_a_log_whatever_goes_wrong(
         urls = []
         for form, chosen in FORMS.items():
             environment = processes.environment(settings, **SECRETS, **OTHERS, **chosen)
-            port = free_port()
+            port = stack.enter_context(ports.reserved())
             urls.append(f"http://127.0.0.1:{port}")
             for arguments in (("web", "--port", str(port)), ("worker",)):
                 log = tmp_path / f"{arguments[0]}.{form}"

@@ -26,11 +26,11 @@ from starlette.requests import Request
 from db import migrate
 from db.embedded import SUPERUSER, EmbeddedPostgres
 from jobs import keys
-from jobs.dev import free_port
 from jobs.metrics import MAX_CODES, _Codes
 from jobs.scopes import Scope
 from jobs.settings import Settings
 from jobs.sql import CALLS
+from tests import ports
 from tests.conftest import REPO, TEMPLATE, cut_off
 from tests.faults.fleet import until
 from tests.live import serve
@@ -115,7 +115,6 @@ def running_worker(
     settings: Settings, folder: Path
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run a worker process, and yield where its health is, and the process."""
-    port = free_port()
     environment = {
         "PGSCRIBE_DATABASE_URL": settings.database_url.get_secret_value(),
         "PGSCRIBE_STORAGE_DIR": str(settings.storage_dir),
@@ -124,8 +123,8 @@ def running_worker(
         "PGSCRIBE_ENGINE_PROCESSES": "1",
         "PGSCRIBE_WEBHOOK_NETWORKS": "127.0.0.0/8",
     }
-    command = [sys.executable, "-m", "jobs.cli", "worker", "--health-port", str(port)]
-    with (folder / "worker.log").open("ab") as log:
+    with ports.reserved() as port, (folder / "worker.log").open("ab") as log:
+        command = [sys.executable, "-m", "jobs.cli", "worker", "--health-port", str(port)]
         process = subprocess.Popen(
             [*command, "--stop-with-stdin"],
             env=os.environ | environment,
@@ -134,16 +133,16 @@ def running_worker(
             stdout=log,
             stderr=log,
         )
-    with process:
-        url = f"http://127.0.0.1:{port}"
+        with process:
+            url = f"http://127.0.0.1:{port}"
 
-        def hears() -> bool:
-            with contextlib.suppress(httpx2.ConnectError):
-                return bool(httpx2.get(f"{url}/readyz").json()["wakeups"] == "notify")
-            return False
+            def hears() -> bool:
+                with contextlib.suppress(httpx2.ConnectError):
+                    return bool(httpx2.get(f"{url}/readyz").json()["wakeups"] == "notify")
+                return False
 
-        until(hears, "the worker hears of jobs")
-        yield url, process
+            until(hears, "the worker hears of jobs")
+            yield url, process
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import logging
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from modal_functions.status import (
     SupabaseUnavailable,
     update_job_status,
 )
-from tests import postgrest
+from tests import ports, postgrest
 from tests.postgrest import LocalSupabase
 from web.app import create_app
 from web.auth import issue_token
@@ -344,7 +343,7 @@ def test_what_passes_is_tried_again(
 def test_what_does_not_pass_is_given_up(
     project: LocalSupabase, job: UUID, fault: postgrest.Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "TIMEOUT", 0.2)
+    monkeypatch.setattr(status, "TIMEOUT", 0.5)
     project.faults.extend([fault] * 3)
     with pytest.raises(SupabaseUnavailable, match="did not take the report, in 3 tries") as caught:
         update_job_status(str(job), "processing", {"progress": 0.5})
@@ -377,14 +376,10 @@ def test_a_row_that_stays_locked_is_no_lost_report(
 def test_a_server_that_is_not_there(
     project: LocalSupabase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("SUPABASE_URL", f"http://127.0.0.1:{port}")
-    with (
-        caplog.at_level(logging.DEBUG),
-        pytest.raises(SupabaseUnavailable, match=r"ConnectError: .*SUPABASE_URL") as caught,
-    ):
-        update_job_status(str(uuid4()), "processing")
+    with ports.reserved() as port, caplog.at_level(logging.DEBUG):
+        monkeypatch.setenv("SUPABASE_URL", f"http://127.0.0.1:{port}")
+        with pytest.raises(SupabaseUnavailable, match=r"ConnectError: .*SUPABASE_URL") as caught:
+            update_job_status(str(uuid4()), "processing")
     assert_hidden(caught.value, project.secret_key)
     assert project.secret_key not in caplog.text
 

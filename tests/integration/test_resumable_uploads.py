@@ -28,6 +28,7 @@ from jobs.storage.base import RESUMABLE_ABOVE, TUS_CHUNK
 from jobs.storage.choose import make_storage
 from jobs.storage.links import LinkSigner, ResumableGrant
 from jobs.storage.local import LocalStorage
+from tests import ports
 from tests.live import FaultyProxy, answer, proxied, serve
 from web.app import create_app
 from web.auth import issue_token
@@ -325,11 +326,12 @@ def test_many_at_a_time_do_no_harm(recording: Recording) -> None:
 def test_a_client_that_is_gone_without_a_word_holds_nothing_up(
     recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "SILENCE", 0.2)
     recording.begin()
     with patching(recording, 0, 2500) as connection:
+        monkeypatch.setattr(local, "SILENCE", 1)
         connection.sendall(recording.data[:100])
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        monkeypatch.setattr(local, "SILENCE", 10)
         assert recording.send(100).status_code == 204
     assert recording.stored.read_bytes() == recording.data
 
@@ -348,14 +350,15 @@ uvicorn.run(create_app(Settings.load()), port=int(sys.argv[1]), log_level="warni
 
 @contextmanager
 def killable(settings: Settings) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     environment = os.environ | {
         "PGSCRIBE_DATABASE_URL": str(settings.database_url),
         "PGSCRIBE_JWT_SECRET": settings.require_jwt_secret(),
         "PGSCRIBE_STORAGE_DIR": str(settings.storage_dir),
     }
-    with subprocess.Popen([sys.executable, "-c", SERVER, str(port)], env=environment) as process:
+    with (
+        ports.reserved() as port,
+        subprocess.Popen([sys.executable, "-c", SERVER, str(port)], env=environment) as process,
+    ):
         try:
             yield process, f"http://127.0.0.1:{port}"
         finally:

@@ -140,7 +140,7 @@ async def test_a_silent_endpoint_is_given_up(server: JwksServer, clock: Clock) -
     keys = SigningKeys(server.url + PATH, timeout=0.1, clock=clock)
     with pytest.raises(SigningKeysUnavailable):
         await keys.get("any")
-    assert server.asked.is_set()
+    assert await asyncio.to_thread(server.asked.wait, 20)
     await keys.aclose()
 
 

@@ -1,12 +1,11 @@
 """From a recording to a receiver in a process of its own, with all that is real between them."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -19,6 +18,7 @@ import pytest
 from jobs import deliveries
 from jobs.client import JobClient
 from jobs.settings import Settings
+from tests import ports
 from tests.conftest import REPO
 from tests.integration.test_webhooks import delivering, settled
 from tests.live import serve
@@ -56,10 +56,9 @@ def receiving(port: int, secret: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        found: int = listener.getsockname()[1]
-        return found
+def port() -> Iterator[int]:
+    with ports.reserved() as port:
+        yield port
 
 
 @pytest.fixture

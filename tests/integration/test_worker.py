@@ -24,6 +24,7 @@ from jobs.compute.local import LocalCompute
 from jobs.models import Transcript, TranscriptionOptions
 from jobs.settings import Settings
 from modal_functions.plan import Plan, Span
+from tests.processes import engine_processes
 
 pytestmark = pytest.mark.anyio
 
@@ -93,21 +94,6 @@ async def running_worker(settings: Settings) -> AsyncIterator[None]:
     finally:
         stop.set()
         await task
-
-
-def children() -> set[int]:
-    """Return the process ids of this process's children."""
-    lists = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return {int(pid) for path in lists for pid in path.read_text().split()}
-
-
-def engine_processes() -> set[int]:
-    """Return the process ids of this process's engines."""
-    return {
-        pid
-        for pid in children()
-        if "jobs.compute.engine_process" in Path(f"/proc/{pid}/cmdline").read_text()
-    }
 
 
 async def test_rows_become_transcripts_also_scheduled_ones(
@@ -290,7 +276,7 @@ async def test_sigterm_lets_a_job_finish(
     await jobs.wait(job_id, "status = 'processing'")
     process.terminate()
     assert (await jobs.end(job_id))["status"] == "completed"
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 async def test_sigterm_gives_a_long_job_back(
@@ -303,7 +289,7 @@ async def test_sigterm_gives_a_long_job_back(
     process.terminate()
     row = await jobs.wait(job_id, "status = 'queued'")
     assert (row["attempt"], row["error"]) == (1, None)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     worker_process()
     assert (await jobs.end(job_id))["attempt"] == 2
 

@@ -23,7 +23,7 @@ async def spawn(function: str, *arguments: str) -> None:
 
 
 async def fetch(call_id: str) -> None:
-    say(await modal.FunctionCall.from_id(call_id).get.aio(timeout=30))
+    say(await modal.FunctionCall.from_id(call_id).get.aio(timeout=60))
 
 
 def resident() -> float:

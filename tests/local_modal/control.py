@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from tests.local_modal.faults import When
 from tests.local_modal.journal import Event
 
-PATIENCE = 30.0  # seconds for what takes a few on an idle machine
+PATIENCE = 60.0  # seconds for what takes a few on an idle machine
 
 
 class Refused(Exception):

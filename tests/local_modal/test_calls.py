@@ -15,7 +15,7 @@ from tests.local_modal.server import Address
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 MEGABYTES = 3 * 2**20
 
 Look = Callable[[str], "modal.Function[Any, Any, Any]"]

@@ -13,7 +13,7 @@ from tests.local_modal.server import Address
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 ATTEMPTS = 4  # of the client, for each request
 
 Look = Callable[[str], "modal.Function[Any, Any, Any]"]

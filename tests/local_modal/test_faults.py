@@ -18,7 +18,7 @@ from tests.local_modal.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 class Server(NamedTuple):
@@ -42,7 +42,7 @@ async def test_a_preempted_call_starts_again_with_the_same_input(
     assert await call.get.aio(timeout=PATIENCE) == second["pid"]
     assert (first["attempt"], second["attempt"]) == (1, 2)
     assert len(control.events("output", call_id=call.object_id)) == 1
-    (ended,) = control.events("container ended", pid=first["pid"])
+    (ended,) = control.wait("container ended", pid=first["pid"])
     assert ended["killed"] == "preempted"
 
 

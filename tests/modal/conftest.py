@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import hypothesis
 import jiwer
 import pytest
 
@@ -16,13 +15,6 @@ from modal_functions.audio import SAMPLE_RATE, Samples, decode
 from modal_functions.engines import FASTER_WHISPER, OPENAI_WHISPER, Engine, load_engine
 
 REPO = Path(__file__).parent.parent.parent
-# How long an example takes says what else the machine does.
-hypothesis.settings.register_profile(
-    "untimed",
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("untimed")
 
 LIBRIVOX = Path("/usr/share/pocketsphinx/test/data/librivox")
 

@@ -91,7 +91,7 @@ BOUNDS = st.tuples(st.floats(0.5, 3), st.floats(2.1, 4)).map(lambda b: (b[0], b[
 WITHIN_FRAMES = [(0.1, 0.0), (0.11, 2.05), (0.36, 3.0), (2.09, 0.3), (0.1, 0.45)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TALKS, BOUNDS, st.sampled_from([-90.0, -60.0, -45.0]))
 @example(WITHIN_FRAMES, (0.5, 1.25), -90.0)
 def test_cuts_are_in_pauses_where_there_are_some(
@@ -109,7 +109,7 @@ def test_cuts_are_in_pauses_where_there_are_some(
     assert spans[-1].pause_after
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TALKS, BOUNDS, st.sampled_from([0.0, -30.0]))
 def test_whole_numbers_are_divided_as_fractions_are(
     pieces: list[Piece], bounds: Piece, louder: float
@@ -120,7 +120,7 @@ def test_whole_numbers_are_divided_as_fractions_are(
     assert split(pcm, **limits) == split(fractions, **limits)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 200_000), BOUNDS)
 def test_any_length_of_anything_is_covered(samples: int, bounds: Piece) -> None:
     for sound in (np.zeros(samples, np.int16), np.full(samples, 2**15 - 1, np.int16)):

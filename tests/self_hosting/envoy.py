@@ -71,7 +71,7 @@ def gateway(folder: Path, keys: Mapping[str, str], services: Mapping[str, str]) 
 
 
 def _address(process: subprocess.Popen[bytes], admin: Path, folder: Path) -> str:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, (folder / "gateway.log").read_text()
         with suppress(FileNotFoundError, httpx2.TransportError):

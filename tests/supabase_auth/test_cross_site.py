@@ -183,12 +183,12 @@ def test_a_browser_without_scripts(site: Site, chromium: Browser, host: str) -> 
     assert page.locator(":focus").get_attribute("name") == "password"
     page.fill("input[type=password]", PASSWORD)
     page.click("button.primary")
-    assert page.url == f"{url}/app?x=1"
+    page.wait_for_url(f"{url}/app?x=1")
     (cookie,) = context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Lax", False)
     page.reload()
     page.click("text=Sign out")
-    assert page.url == f"{url}/app/sign-in"
+    page.wait_for_url(f"{url}/app/sign-in")
     assert context.cookies() == []
     page.go_back()
     assert page.url.startswith(f"{url}/app/sign-in"), "nothing is shown from a cache"
@@ -218,6 +218,7 @@ def test_a_page_elsewhere_that_posts_a_form(
     page.fill("main form:first-of-type input[type=email]", EMAIL)
     page.fill("input[type=password]", PASSWORD)
     page.click("button.primary")
+    page.wait_for_url(f"{url}/app")
     # Another port of the same host is another origin and the same site: it does get the cookie.
     form = f"<form method=post action='{url}/app/sign-out'><button>"
     for attacker in (f"http://{host}:1", "http://evil.test:1"):

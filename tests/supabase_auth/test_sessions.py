@@ -17,9 +17,9 @@ import httpx2
 import psycopg
 import pytest
 
-from jobs.dev import free_port
 from jobs.settings import Settings
 from jobs.sql import WEB_SESSIONS
+from tests import ports
 from tests.conftest import MakeUser
 from tests.streams import Stream, until
 from tests.supabase_auth.conftest import COOKIE, EMAIL, Site, enter, running
@@ -213,15 +213,17 @@ def test_tokens_that_were_lost_on_the_way_are_given_again(site: Site, auth: Auth
 @contextmanager
 def process(project: Settings, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`pgscribe web` as a process of its own."""
-    port = free_port()
     own = {
         "PGSCRIBE_DATABASE_URL": project.database_url.get_secret_value(),
         "PGSCRIBE_JWT_SECRET": project.require_jwt_secret(),
         "PGSCRIBE_SUPABASE_URL": project.supabase_url or "",
         "PGSCRIBE_SUPABASE_PUBLISHABLE_KEY": project.supabase_publishable_key or "",
     }
-    command = [sys.executable, "-m", "jobs.cli", "web", "--port", str(port)]
-    with subprocess.Popen(command, env=os.environ | own, cwd=folder) as web:
+    command = [sys.executable, "-m", "jobs.cli", "web", "--port"]
+    with (
+        ports.reserved() as port,
+        subprocess.Popen([*command, str(port)], env=os.environ | own, cwd=folder) as web,
+    ):
         try:
             url = f"http://127.0.0.1:{port}"
             until(lambda: web.poll() is not None or is_up(url), "the web server is up")

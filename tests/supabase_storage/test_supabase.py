@@ -172,7 +172,7 @@ async def test_the_stand_in_hangs_as_the_real_one_does(server: StandIn) -> None:
     server.buckets["audio"].file_size_limit = 1
     headers = {"Authorization": f"Bearer {server.secret_key}", "Content-Type": "audio/mpeg"}
     url = f"{server.url}/storage/v1/object/audio/{USER}/a.mp3"
-    async with httpx2.AsyncClient(headers=headers, timeout=0.2) as client:
+    async with httpx2.AsyncClient(headers=headers, timeout=1) as client:
         assert (await client.post(url, content=SMALL)).json()["statusCode"] == "413"
         with pytest.raises(httpx2.ReadTimeout):
             await client.post(url, content=SMALL)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import alignment, subtitles
@@ -241,7 +241,6 @@ words = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(words, texts, seconds, seconds, st.booleans(), st.booleans())
 def test_times_rise_within_the_segment_and_no_text_is_lost(
     engine: list[Word],
@@ -273,7 +272,6 @@ def edits(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return original, edited
 
 
-@settings(deadline=None)
 @given(edits(), st.floats(0, 3600))
 def test_kept_words_keep_their_times_and_probabilities(
     edit: tuple[list[str], list[str]], start: float
@@ -287,7 +285,6 @@ def test_kept_words_keep_their_times_and_probabilities(
         assert word == by_word.get(word.word, replace(word, probability=1.0))
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["今日", "は", "良い", "天気", "です"]), max_size=8))
 def test_an_unchanged_text_has_its_words_in_any_language(original: list[str]) -> None:
     for separator, unspaced in ((" ", False), ("", True)):
@@ -307,7 +304,6 @@ corrections = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(corrections)
 def test_every_form_has_the_corrected_text(found: list[Correction]) -> None:
     corrected = apply(TALK, found)

@@ -8,15 +8,13 @@ from itertools import pairwise
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import BodyTooLarge, InvalidInput
 from web.multipart import MAX_FIELD, MAX_PARTS, FormReader
 
 Fields = list[tuple[str, str | None, bytes]]
-
-UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 async def pieces(body: bytes, cuts: Sequence[int]) -> AsyncIterator[bytes]:
@@ -58,7 +56,6 @@ names = st.text(
 cuts = st.lists(st.integers(0, 10_000), max_size=30)
 
 
-@UNTIMED
 @given(st.lists(st.tuples(names, st.none() | names, contents), max_size=6), cuts)
 def test_forms_by_httpx(fields: Fields, cuts: list[int]) -> None:
     fields = [f for f in fields if b"\r\n--bound" not in b"\r\n" + f[2]]
@@ -72,7 +69,6 @@ def test_forms_by_httpx(fields: Fields, cuts: list[int]) -> None:
     assert read(request.headers["content-type"], body, cuts) == fields
 
 
-@UNTIMED
 @given(
     st.lists(st.tuples(st.from_regex(r"\A[a-z]{1,9}\Z"), st.just("f.mp3"), st.binary(max_size=300)),
              min_size=1, max_size=5),
@@ -95,7 +91,6 @@ def test_forms_by_email(fields: Fields, cuts: list[int]) -> None:
     assert read(f'multipart/form-data; boundary="{form.get_boundary()}"', body, cuts) == expected
 
 
-@UNTIMED
 @given(st.binary(max_size=300), cuts)
 def test_anything_else_is_refused_or_read(body: bytes, cuts: list[int]) -> None:
     try:

@@ -13,15 +13,13 @@ from types import FrameType
 import pytest
 import srt
 import webvtt
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import subtitles
 from jobs.corrections import CorrectedSegment, speaker_of
 from jobs.models import Segment, Transcript, Word
 from jobs.subtitles import Cue, Layout, cells, cues
-
-UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make(*segments: Segment, duration: float | None = None, language: str = "en") -> Transcript:
@@ -91,7 +89,6 @@ transcripts = st.builds(
 )
 
 
-@UNTIMED
 @given(transcripts, layouts)
 def test_no_text_is_lost_or_doubled(transcript: Transcript, layout: Layout) -> None:
     found = cues(transcript, layout)
@@ -100,7 +97,6 @@ def test_no_text_is_lost_or_doubled(transcript: Transcript, layout: Layout) -> N
     assert all(cue.lines for cue in found)
 
 
-@UNTIMED
 @given(transcripts, layouts)
 def test_times_rise_and_stay_within_the_recording(transcript: Transcript, layout: Layout) -> None:
     found = cues(transcript, layout)
@@ -112,7 +108,6 @@ def test_times_rise_and_stay_within_the_recording(transcript: Transcript, layout
         assert all(b.start - a.end >= layout.min_gap for a, b in pairwise(found))
 
 
-@UNTIMED
 @given(transcripts, layouts)
 def test_lines_keep_to_the_limits(transcript: Transcript, layout: Layout) -> None:
     for cue in cues(transcript, layout):
@@ -122,7 +117,6 @@ def test_lines_keep_to_the_limits(transcript: Transcript, layout: Layout) -> Non
             assert cells(line) <= (layout.max_line_length or 42)
 
 
-@UNTIMED
 @given(transcripts, layouts, st.booleans())
 def test_no_cue_has_the_words_of_two_speakers(
     transcript: Transcript,
@@ -145,7 +139,6 @@ def test_no_cue_has_the_words_of_two_speakers(
     assert found == [(speaker, names.get(speaker or "", "") + text) for speaker, text in said]
 
 
-@UNTIMED
 @given(transcripts, layouts)
 def test_lines_keep_to_the_limits_with_labels(transcript: Transcript, layout: Layout) -> None:
     for cue in cues(transcript, layout, labels=True):
@@ -158,7 +151,6 @@ printable = st.text(
 )
 
 
-@UNTIMED
 @given(st.lists(printable.filter(squeezed), min_size=1, max_size=4))
 def test_other_readers_find_the_same_cues(parts: list[str]) -> None:
     transcript = make(*(plain(part, n * 3.0, n * 3.0 + 3) for n, part in enumerate(parts)))
