@@ -23,11 +23,11 @@ from db import migrate
 from db.embedded import EmbeddedPostgres
 from jobs import telemetry, worker
 from jobs.compute.base import Compute, OnProgress, Outcome, Prepare, Transcribe, Usage
-from jobs.dev import free_port
 from jobs.models import Segment, Transcript
 from jobs.settings import Settings
 from jobs.telemetry import SECOND, Steps, Tracing
 from modal_functions.plan import SAMPLE_RATE, Plan, Span
+from tests import ports
 
 JOBS, JOBS_QUICK = 150, 20
 ROUNDS = 4
@@ -149,8 +149,7 @@ def run_rounds(folder: Path, jobs: int, rounds: int) -> dict[str, list[tuple[flo
 def main(jobs: int, rounds: int) -> None:
     """Be the process that measures."""
     worker.make_compute = make_compute
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+    with tempfile.TemporaryDirectory() as folder, ports.reserved() as port:
         collector = subprocess.Popen(
             [sys.executable, "-m", "examples.see_traces", f"{folder}/spans.jsonl", str(port)],
             stdout=subprocess.DEVNULL,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from jobs.dev import free_port
 from jobs.settings import TokenSettings
+from tests import ports
 from web.auth import issue_token
 
 SECRET = "a secret of the benchmarks' own, long enough"  # noqa: S105 - it opens nothing
@@ -33,20 +33,22 @@ class WebProcess:
 @contextmanager
 def web_process(url: str, folder: Path, *module: str) -> Iterator[WebProcess]:
     """Run ``pgscribe web`` on a database, or another module that takes a port."""
-    port = free_port()
     environment = os.environ | {
         "PGSCRIBE_DATABASE_URL": url,
         "PGSCRIBE_JWT_SECRET": SECRET,
         "PGSCRIBE_STORAGE_DIR": str(folder / "storage"),
         "PGSCRIBE_RATE_LIMIT": "0",
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", *(module or PGSCRIBE), "--port", str(port)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        ports.reserved() as port,
+        subprocess.Popen(
+            [sys.executable, "-m", *(module or PGSCRIBE), "--port", str(port)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
         try:
             _wait_until_open(port, process)
             yield WebProcess(port, process.pid)

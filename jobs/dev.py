@@ -49,17 +49,6 @@ def listen(wanted: int) -> socket.socket:
     raise StartFailed("No free port on loopback")
 
 
-def free_port(wanted: int = 0) -> int:
-    """Return ``wanted`` if nothing listens there on loopback, else any free port."""
-    for port in (wanted, 0):
-        with socket.socket() as candidate, contextlib.suppress(OSError):
-            candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            candidate.bind(("127.0.0.1", port))
-            number: int = candidate.getsockname()[1]
-            return number
-    raise StartFailed("No free port on loopback")
-
-
 class Embedded:
     """The embedded environment under ``home``. Use as a context manager.
 

@@ -26,11 +26,10 @@ import pytest
 from db.embedded import EmbeddedPostgres
 from examples.see_traces import Span, load, receiving, trees
 from jobs.database import make_pool
-from jobs.dev import free_port
 from jobs.models import Attempt
 from jobs.settings import Settings
 from jobs.tracing import JobTraces
-from tests import processes
+from tests import ports, processes
 from tests.faults.fleet import until
 from tests.receiver import receiving as receiving_webhooks
 from tests.streams import Work
@@ -59,7 +58,7 @@ class Place:
             PGSCRIBE_STALL_TIMEOUT=str(STALL_TIMEOUT),
             PGSCRIBE_WEBHOOK_NETWORKS="127.0.0.0/8",
         )
-        port = free_port()
+        port = stack.enter_context(ports.reserved())
         self.url = f"http://127.0.0.1:{port}"
         # Its spans are exported when it is stopped, or never.
         late = self.environment | {"OTEL_BSP_SCHEDULE_DELAY": "600000"}
