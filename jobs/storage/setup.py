@@ -8,6 +8,7 @@ import httpx
 import psycopg
 from storage3.exceptions import StorageApiError
 
+from jobs.database import CONNECTION_TIMEOUT
 from jobs.errors import AudioNotFound, PgscribeError, UploadTooLarge
 from jobs.settings import Settings
 from jobs.sql import STORAGE
@@ -17,7 +18,6 @@ from jobs.storage.supabase import SupabaseStorage
 Say = Callable[[str], None]
 
 TYPES = ["audio/*", "video/*"]
-CONNECT_TIMEOUT = 10  # seconds; libpq waits for ever
 COMMANDS = ["delete", "insert", "select", "update"]
 _PROBE = b"RIFF\x24\x00\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00" + bytes(16)
 
@@ -100,7 +100,7 @@ async def _policies(settings: Settings, *, check: bool) -> str:
     values = {"bucket": settings.supabase_bucket}
     url = settings.database_url.get_secret_value()
     async with await psycopg.AsyncConnection.connect(
-        url, prepare_threshold=None, connect_timeout=CONNECT_TIMEOUT
+        url, prepare_threshold=None, connect_timeout=int(CONNECTION_TIMEOUT)
     ) as conn:
         problem = None
         if not check:
