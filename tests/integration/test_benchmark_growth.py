@@ -17,7 +17,7 @@ from benchmarks.web_process import web_process
 from db.embedded import EmbeddedPostgres
 
 ENDED = 300
-PATIENCE = 30.0  # seconds
+PATIENCE = 60.0  # seconds
 RETENTION = (
     "select (select count(*) from procrastinate.procrastinate_jobs), (select pruned_until"
     " between now() - interval '31 days' and now() - interval '30 days'"
@@ -79,6 +79,7 @@ def test_what_a_process_at_rest_says_and_takes_is_counted(
         deadline = time.monotonic() + PATIENCE
         while not all(so_far := process.so_far(conn)):  # a session tells what it took by and by
             assert time.monotonic() < deadline, so_far
+            time.sleep(0.1)
     assert so_far[0] >= 3  # it listens, begins to watch the owner, and looks
 
 
@@ -92,4 +93,5 @@ def test_another_worker_takes_over_after_the_stall(postgres: EmbeddedPostgres, f
                 "select attempt from processing_jobs where completed_at is null"
             ).fetchall()
     assert attempts == [(2,)]
-    assert STALL * 2 / 3 < seconds < PATIENCE  # the last beat was at most a third of it before
+    # The last beat was about a third of it before, at most: a beat may be late.
+    assert STALL / 2 < seconds < PATIENCE

@@ -161,7 +161,7 @@ async def test_whoever_holds_suspects_back_leaves_them_to_the_others(
         insert(conn, user)
         conn.execute("update processing_jobs set cancel_requested_at = now() where attempt = 2")
         await queue.turn(worker, [], 9, "[2]")
-        heard = [n.payload async for n in other.notifies(timeout=5, stop_after=1)]
+        heard = [n.payload async for n in other.notifies(timeout=60, stop_after=1)]
     assert heard == ["[2]"]
 
 

@@ -330,7 +330,7 @@ def test_server_listens_on_loopback_only(
 
 def test_second_process_is_told_who_holds_the_root(server: EmbeddedPostgres) -> None:
     with parent_process(server.root) as second:
-        _, report = second.communicate(timeout=20)
+        _, report = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"{server.root} is in use by process {os.getpid()}: stop that first" in report
     with pytest.raises(EmbeddedPostgresError, match=f"in use by process {os.getpid()}"):

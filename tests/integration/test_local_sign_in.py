@@ -155,7 +155,7 @@ def test_the_server_does_not_start_elsewhere(
     with web(local, tmp_path, *options, **environment) as (process, _):
         assert process.stderr is not None
         said = process.stderr.read()
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
     assert_says(said, reason)
 
 
@@ -164,7 +164,7 @@ def test_a_short_password_is_none(local: Settings, tmp_path: Path) -> None:
     with web(local, tmp_path, **short) as (process, _):
         assert process.stderr is not None
         said = process.stderr.read()
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
     assert "at least 16" in said
     assert "too short" not in said
 

@@ -260,7 +260,7 @@ def test_the_access_log_has_no_links(app: Starlette, caplog: pytest.LogCaptureFi
     logging.getLogger("uvicorn.access").addFilter(hide)
     try:
         thread.start()
-        assert started.wait(20)
+        assert started.wait(60)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         httpx2.get(f"{url}/audio/top-secret?x=1")
         httpx2.put(f"{url}/uploads/signed/top-secret", content=b"x")

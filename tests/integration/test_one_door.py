@@ -61,7 +61,7 @@ def test_insert_of_no_row_defers_nothing(conn: psycopg.Connection) -> None:
 def test_commit_wakes_listeners(conn: psycopg.Connection, user: UUID) -> None:
     conn.execute('listen "procrastinate_queue_v1#transcription"')
     conn.execute(INSERT, (user, f"{user}/a.mp3"))
-    (notification,) = conn.notifies(timeout=5, stop_after=1)
+    (notification,) = conn.notifies(timeout=60, stop_after=1)
     assert '"job_inserted"' in notification.payload
 
 

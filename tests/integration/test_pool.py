@@ -52,7 +52,7 @@ async def test_a_cancellation_is_heard_while_a_connection_is_handed_over(
     await waits(pool)
     asyncio.get_running_loop().call_soon(_after, rounds, waiting)
     await super(Pool, pool).putconn(conn)
-    await asyncio.wait([waiting], timeout=10)
+    await asyncio.wait([waiting], timeout=60)
     assert waiting.cancelled()
     await use(pool)  # the connection is back in the pool
 

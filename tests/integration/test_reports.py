@@ -486,7 +486,7 @@ def test_worker_and_report_at_the_same_time(
             write(conn, first)
             other = pool.submit(write, second, "report" if first == "worker" else "worker")
             wait_for_lock(watcher)
-        other.result(timeout=10)
+        other.result(timeout=60)
     assert read(conn) == ("processing", pytest.approx(0.6), "note")
 
 
@@ -503,5 +503,5 @@ def test_a_report_loses_to_the_end_of_the_job(
             late = pool.submit(second.execute, "select report_progress(%s, 0.5, 'late')", (job,))
             wait_for_lock(watcher)
         with pytest.raises(psycopg.errors.CheckViolation, match='status: is "completed"'):
-            late.result(timeout=10)
+            late.result(timeout=60)
     assert read(conn) == ("completed", 1.0, None)

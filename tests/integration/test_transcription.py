@@ -569,7 +569,7 @@ async def test_text_can_be_read_in_order_while_the_job_runs(case: Case) -> None:
         case.cloud.let_go.set()
         await running
         assert case.partial() == (4, 4, TEXT)
-        heard = [n.payload for n in listener.notifies(timeout=5, stop_after=2)]
+        heard = [n.payload for n in listener.notifies(timeout=60, stop_after=2)]
     assert [f'"ready" : {ready}}}' in payload for ready, payload in zip((1, 4), heard, strict=True)]
 
 

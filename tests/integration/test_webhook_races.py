@@ -132,7 +132,7 @@ def test_what_wakes_both_kinds_of_slots_has_two_numbers(
         other.execute(f'listen "procrastinate_queue_v1#{queue}"'.encode())
     other.commit()
     conn.execute("select pgscribe.wake_workers()")
-    heard = [json.loads(one.payload)["job_id"] for one in other.notifies(timeout=20, stop_after=2)]
+    heard = [json.loads(one.payload)["job_id"] for one in other.notifies(timeout=60, stop_after=2)]
     assert len(set(heard)) == 2
 
 

@@ -70,7 +70,7 @@ def delivering(settings: Settings, *, transcribes: bool = False) -> Iterator[Non
     finally:
         loop, stop = started[0]
         loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
 
 

@@ -49,7 +49,7 @@ def receiving(port: int, secret: str) -> Iterator[list[str]]:
         yield lines
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         reader.join()
         assert process.stdout is not None
         process.stdout.close()

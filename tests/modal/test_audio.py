@@ -538,7 +538,7 @@ def test_ffmpeg_ends_with_an_interrupted_caller(storage: Storage) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True
     ) as caller:
-        assert storage.asked.wait(20)
+        assert storage.asked.wait(60)
         assert not storage.hung_up.is_set()
         caller.send_signal(signal.SIGINT)
         assert storage.hung_up.wait(20)

@@ -370,7 +370,7 @@ def test_ctrl_c_ends_it_at_once_and_says_what_to_do(cloud: Address, tmp_path: Pa
     ) as process:
         cloud.control.wait_for_requests("ImageGetOrCreate", 1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == "Stopped; `pgscribe deploy --check` says what is deployed.\n"
 

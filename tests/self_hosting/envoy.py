@@ -67,7 +67,7 @@ def gateway(folder: Path, keys: Mapping[str, str], services: Mapping[str, str]) 
             yield f"http://{_address(process, admin, folder)}"
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def _address(process: subprocess.Popen[bytes], admin: Path, folder: Path) -> str:

@@ -113,7 +113,7 @@ def test_a_request_that_goes_away_leaves_the_new_tokens_to_the_next(site: Site, 
     auth.gate.clear()
     with pytest.raises(httpx2.TimeoutException):
         httpx2.get(f"{site.url}/jobs", headers={"Cookie": f"{COOKIE}={cookie}"}, timeout=0.5)
-    assert auth.asked.wait(10)
+    assert auth.asked.wait(60)
     auth.gate.set()
     assert site.ask(cookie).status_code == 200
     assert auth.count(REFRESH) == 1
@@ -248,7 +248,7 @@ def test_a_server_is_killed_between_the_answer_and_the_commit(
         auth.gate.clear()
         asking = threading.Thread(target=lambda: ask_until_it_breaks(url, cookie))
         asking.start()
-        assert auth.asked.wait(20)
+        assert auth.asked.wait(60)
         web.kill()
         web.wait()
         asking.join()
@@ -277,7 +277,7 @@ def test_a_server_that_stops_waits_for_auth_a_little(
         headers = {"Cookie": f"{COOKIE}={cookie}"}
         with pytest.raises(httpx2.TimeoutException):
             httpx2.get(f"{other.url}/jobs", headers=headers, timeout=0.5)
-        assert auth.asked.wait(10)
+        assert auth.asked.wait(60)
         began = time.monotonic()
     assert time.monotonic() - began < 5, "less than a refresh may take"
     auth.gate.set()
@@ -292,7 +292,7 @@ def test_a_transaction_that_is_broken_off_changes_nothing(
     auth.gate.clear()
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(site.ask, cookie)
-        assert auth.asked.wait(20)
+        assert auth.asked.wait(60)
         conn.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity"
             " where state = 'idle in transaction' and query like '%lock_web_session%'"

@@ -526,7 +526,7 @@ def serving(state: StandIn) -> Iterator[StandIn]:
     server.startup = start  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run)
     thread.start()
-    assert started.wait(20)
+    assert started.wait(60)
     state.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         yield state
