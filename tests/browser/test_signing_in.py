@@ -129,7 +129,8 @@ def test_signing_out_ends_it(site: Site, user: User, job: UUID) -> None:
     assert page.evaluate("() => fetch('/jobs').then((answer) => answer.status)") == 401
     page.context.add_cookies([cookie])  # type: ignore[list-item]
     assert page.evaluate(f"() => fetch('/jobs/{job}').then((answer) => answer.status)") == 401
-    assert len(complaints) == 2
+    # Also of the stream that has ended, where the next page is slow to come.
+    assert all("401" in said for said in complaints)
     complaints.clear()
 
 

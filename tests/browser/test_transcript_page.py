@@ -318,7 +318,9 @@ def test_what_cannot_be_copied_is_said(
     page.get_by_role("button", name="Copy text").click()
     expect(page.locator(".toast")).to_contain_text("Not copied. ")
     assert page.evaluate("navigator.clipboard.readText()") == "what was there before"
-    assert "404" in complained.pop()
+    assert complained
+    assert all("404" in said for said in complained)  # the player may ask for the audio, too
+    complained.clear()
 
 
 def test_audio_that_is_gone(
@@ -355,7 +357,9 @@ def test_a_job_that_is_deleted_while_it_is_looked_at(
     page.get_by_role("button", name="Save").click()
     expect(page.locator("form [role=alert]")).to_contain_text("no such job")
     expect(page.get_by_role("textbox", name="Text")).to_have_value("Typed with care.")
-    assert "404" in complained.pop()
+    assert complained
+    assert all("404" in said for said in complained)  # the player may ask for the audio, too
+    complained.clear()
 
 
 @pytest.mark.parametrize(

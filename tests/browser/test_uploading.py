@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Dialog, FilePayload, Locator, Page, expect
 
 from tests.browser.conftest import ARGUMENTS, Site, complaints, sign_in
+from tests.folders import files_in
 from tests.live import FaultyProxy, answer, proxied, serve
 from tests.streams import until
 from web.app import create_app
@@ -319,7 +320,7 @@ def test_a_cancelled_upload_leaves_nothing(site: Site, user: User, large: tuple[
         expect(page.locator("#files")).to_be_focused()
         until(lambda: proxy.seen("DELETE") == 1, "the server may forget it")
         kept = site.settings.storage_dir / ".partial"
-        until(lambda: not [one for one in kept.rglob("*") if one.is_file()], "it has")
+        until(lambda: not files_in(kept), "it has")
         assert page.evaluate("() => Object.keys(localStorage)") == []
     assert jobs(site, user) == []
 

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +13,7 @@ from starlette.testclient import TestClient
 
 from jobs.errors import SettingsError
 from jobs.settings import Settings
+from tests.folders import files_in
 from web.app import create_app
 from web.auth import issue_token
 
@@ -297,11 +297,7 @@ def test_upload_names_cannot_lead_out(
 ) -> None:
     response = api.put(f"/uploads/{name}", content=b"sound", headers=headers)
     assert response.status_code in {404, 422}
-    assert files(settings.storage_dir) == []
-
-
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    assert files_in(settings.storage_dir) == []
 
 
 def test_uploads_are_limited_and_whole(

@@ -35,6 +35,7 @@ from jobs.storage.choose import make_storage
 from jobs.storage.links import DownloadGrant, LinkSigner, ResumableGrant, UploadGrant
 from jobs.storage.local import LocalStorage, served_type
 from jobs.storage.supabase import SupabaseStorage
+from tests.folders import files_in
 from web import problems
 from web.access_log import HideLinks
 from web.routes import uploads
@@ -77,7 +78,7 @@ def api(app: Starlette) -> Iterator[TestClient]:
 
 
 def files(tmp_path: Path) -> list[str]:
-    return [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    return [path.name for path in files_in(tmp_path)]
 
 
 async def test_a_ticket_uploads_one_file_once(
@@ -370,7 +371,7 @@ async def test_a_disk_that_takes_nothing_is_in_the_log_and_passes(
     storage = LocalStorage(tmp_path / "other", max_bytes=20_000)
     with pytest.raises(ConnectionResetError):
         await storage.save(PATH, breaks_off())
-    assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == []
+    assert files_in(tmp_path / "other") == []
 
 
 @contextmanager
@@ -391,7 +392,7 @@ async def test_what_a_full_disk_took_of_an_upload_is_deleted_or_goes_on(
     with files_of_at_most(8192):
         with pytest.raises(StorageUnavailable):
             await storage.save(PATH, one(SOUND))
-        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        assert files_in(tmp_path) == []
         await storage.begin_upload(grant)
         with pytest.raises(StorageUnavailable):
             await storage.append(grant, 0, one(SOUND))

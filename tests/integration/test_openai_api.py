@@ -27,6 +27,7 @@ from jobs import keys
 from jobs.scopes import Scope
 from jobs.settings import Settings
 from modal_functions import engines
+from tests.folders import files_in
 from web.app import create_app
 from web.auth import issue_token
 from web.routes.openai import MODELS, STANDINS, rest_of
@@ -147,7 +148,7 @@ class Jobs:
         )
 
     def files(self) -> list[Path]:
-        return [path for path in self.storage.rglob("*") if path.is_file()]
+        return files_in(self.storage)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from jobs.storage.choose import make_storage
 from jobs.storage.links import LinkSigner, ResumableGrant
 from jobs.storage.local import LocalStorage
 from tests import ports
+from tests.folders import files_in
 from tests.live import FaultyProxy, answer, proxied, serve
 from web.app import create_app
 from web.auth import issue_token
@@ -103,7 +104,7 @@ class Recording:
 
     def files(self) -> list[Path]:
         """Return what has arrived in part."""
-        return [path for path in self.partial.rglob("*") if path.is_file()]
+        return files_in(self.partial)
 
 
 @pytest.fixture
