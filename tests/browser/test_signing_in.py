@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 import pytest
-from playwright.sync_api import Locator, Page, Request, expect
+from playwright.sync_api import APIResponse, Locator, Page, Request, Route, expect
 
 from tests.browser.conftest import PASSWORD, Site, complaints, sign_in
 from tests.supabase_auth.conftest import COOKIE, running
@@ -132,6 +132,22 @@ def test_signing_out_ends_it(site: Site, user: User, job: UUID) -> None:
     # Also of the stream that has ended, where the next page is slow to come.
     assert all("401" in said for said in complaints)
     complaints.clear()
+
+
+def test_what_signing_out_ends_does_not_overtake_its_answer(
+    site: Site, user: User, job: UUID
+) -> None:
+    page = site.open()
+    sign_in(page, user[1], f"/app/jobs/{job}")
+    held: list[tuple[Route, APIResponse]] = []
+    page.route("**/app/sign-out", lambda route: held.append((route, route.fetch(max_redirects=0))))
+    with page.expect_response("**/limits") as refused:  # asked since the stream has ended
+        page.get_by_role("button", name="Sign out").click(no_wait_after=True)
+    assert refused.value.status == 401
+    ((route, answer),) = held
+    route.fulfill(response=answer)
+    page.wait_for_url("**/app/sign-in")
+    complaints.clear()  # 401
 
 
 def test_signing_out_in_one_tab_ends_the_others(site: Site, user: User, job: UUID) -> None:

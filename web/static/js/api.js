@@ -22,7 +22,14 @@ export class Unreachable extends Error {
   }
 }
 
-export function signInAgain() {
+// Who signs out is on the way to the sign-in page. Its answer may take longer than the streams that it ends,
+// which would lead there as if somebody wanted to come back.
+let signingOut = false;
+document.querySelector("form[action$='/sign-out']")?.addEventListener("submit", () => (signingOut = true));
+addEventListener("pageshow", () => (signingOut = false));
+
+function signInAgain() {
+  if (signingOut) return;
   const here = location.pathname + location.search;
   location.assign(`${SIGN_IN}?next=${encodeURIComponent(here)}`);
 }
