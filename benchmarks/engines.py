@@ -103,7 +103,8 @@ class Program:
 
     def __init__(self, *command: str | Path, path: Path | None = None) -> None:
         self._command = command
-        self._environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        # It runs in a folder of its own, from where ours would not be found.
+        self._environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPO)}
         if path is not None:
             self._environment["PATH"] = f"{path}{os.pathsep}{self._environment['PATH']}"
 

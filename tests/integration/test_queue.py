@@ -394,6 +394,54 @@ async def test_jobs_of_a_dead_worker_are_swept_until_their_attempts_are_used_up(
     assert [outcome for _, outcome, _ in attempts(conn)] == ["retried", "retried", "failed"]
 
 
+DEFER = (
+    "insert into procrastinate.procrastinate_jobs"
+    " (queue_name, task_name, queueing_lock, status, worker_id)"
+    " values ('maintenance', 'clean_up', 'clean_up', 'doing', %s)"
+)
+MAINTENANCE = (
+    "select status::text, count(*) from procrastinate.procrastinate_jobs"
+    " where queue_name = 'maintenance' group by 1 order by 1"
+)
+
+
+async def test_maintenance_of_dead_workers_never_stops_the_sweep(
+    queue: Queue, conn: psycopg.Connection, user: UUID
+) -> None:
+    """One queueing_lock lets one job wait: of those that are given back, one, or none."""
+    (job_id,) = insert(conn, user)
+    workers = [await queue.register() for _ in range(2)]
+    await claim_one(queue, workers[0])
+    for worker in (workers[0], workers[0], workers[1]):
+        conn.execute(DEFER, (worker,))
+    for worker in workers:
+        await _kill_worker(conn, worker)
+    assert sweep(conn) == 1
+    assert read(conn, job_id)["status"] == "queued"
+    assert conn.execute(MAINTENANCE).fetchall() == [("aborted", 2), ("todo", 1)]
+    assert conn.execute("select from procrastinate.procrastinate_workers").fetchall() == []
+    # Beside one that waits already none is needed.
+    worker = await queue.register()
+    conn.execute(DEFER, (worker,))
+    await _kill_worker(conn, worker)
+    sweep(conn)
+    assert conn.execute(MAINTENANCE).fetchall() == [("aborted", 3), ("todo", 1)]
+
+
+async def test_a_worker_gives_maintenance_back_that_others_have_deferred_meanwhile(
+    queue: Queue, conn: psycopg.Connection, user: UUID
+) -> None:
+    (job_id,) = insert(conn, user)
+    worker = await queue.register()
+    job = await claim_one(queue, worker)
+    for _ in range(2):
+        conn.execute(DEFER, (worker,))
+    beat = await queue.beat(worker, [job], sweep=False)  # claims whose answer never arrived
+    assert beat is not None
+    assert conn.execute(MAINTENANCE).fetchall() == [("aborted", 1), ("todo", 1)]
+    assert read(conn, job_id)["status"] == "processing"
+
+
 async def test_a_living_workers_jobs_are_left_alone(
     queue: Queue, worker: int, conn: psycopg.Connection, user: UUID
 ) -> None:
